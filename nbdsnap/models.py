@@ -1,0 +1,137 @@
+"""The JSON that scripts read, as pydantic models: what commands print with ``--json`` and what the
+management API carries.
+
+Offsets, lengths and sizes are integers, in bytes.  Times are RFC 3339, UTC.  Fields may be added;
+none changes its meaning.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from pydantic import BaseModel, Field
+
+
+class VolumeInfo(BaseModel):
+    name: str
+    kind: str
+    size: int
+    origin: str | None
+    created: datetime
+    snapshots: int = 0
+    connections: int = 0
+    error: str | None = None
+    """Why the volume can't be served (or written) now; None where all is well."""
+
+
+class SnapshotInfo(BaseModel):
+    volume: str
+    name: str
+    created: datetime
+    size: int
+    priority: int = 0
+    held: bool = False
+    exclusive_bytes: int = 0
+    shared_bytes: int = 0
+    connections: int = 0
+    problem: str | None = None
+    """Why its content may differ from what it was, or can't all be read; None where all is well."""
+
+
+class Extent(BaseModel):
+    offset: int
+    length: int
+
+
+class Diff(BaseModel):
+    """The ranges that changed: ascending, disjoint, not adjacent.  ``to`` is None for the live volume."""
+
+    from_: str = Field(alias="from", serialization_alias="from")
+    to: str | None
+    bytes: int
+    extents: list[Extent]
+
+    model_config = {"populate_by_name": True}
+
+
+class VolumeStatus(BaseModel):
+    name: str
+    kind: str
+    size: int
+    origin: str | None
+    created: datetime
+    connections: int = 0
+    error: str | None = None
+    snapshots: list[SnapshotInfo]
+
+
+class StoreStatus(BaseModel):
+    used_bytes: int
+    limit_bytes: int | None
+    allocated_bytes: int
+    index_bytes: int
+    free_bytes: int = 0
+    """What the store can still take, by its limit and its file system."""
+    warning: str | None = None
+    """Set where it is fuller than the configuration wants to be told."""
+
+
+class Sharing(BaseModel):
+    """How many preserved bytes are needed by exactly ``shared_by`` snapshots."""
+
+    shared_by: int
+    bytes: int
+
+
+class PoolStatus(BaseModel):
+    path: str
+    volumes: list[VolumeStatus]
+    store: StoreStatus
+    sharing: list[Sharing]
+    problem: str | None = None
+    """Why the pool can't do its work, such as a disk that fails; None where all is well."""
+
+
+class Problem(BaseModel):
+    """One violated invariant, as ``check`` reports it; ``kind`` is a stable word, ``detail`` is for a person.
+
+    The rest is what it affects, where that can be told: the snapshots (as ``VOLUME@NAME``) whose content of that range
+    of bytes can't be read, or may be wrong.
+    """
+
+    kind: str
+    detail: str
+    volume: str | None = None
+    snapshots: list[str] = []
+    offset: int | None = None
+    length: int | None = None
+
+
+class RepairStep(BaseModel):
+    """One thing that a repair does (or would do); the fields as of a :class:`Problem`."""
+
+    kind: str
+    detail: str
+    volume: str | None = None
+    snapshots: list[str] = []
+    offset: int | None = None
+    length: int | None = None
+
+
+class RepairReport(BaseModel):
+    """``done``: whether the steps were taken, not only planned."""
+
+    done: bool
+    steps: list[RepairStep]
+
+
+class CheckReport(BaseModel):
+    ok: bool
+    problems: list[Problem]
+
+
+class SnapshotDeletion(BaseModel):
+    """What was deleted, or would be: names as ``VOLUME@NAME``, and the bytes of the store that it gives back."""
+
+    names: list[str]
+    freed_bytes: int
