@@ -1,0 +1,1 @@
+"""Volumes, snapshots and copy-on-write: synchronous, and knowing neither asyncio nor NBD."""

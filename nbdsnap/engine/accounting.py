@@ -1,0 +1,60 @@
+"""Space accounting, from the table ``usage`` alone.
+
+``usage`` counts slots by interval ``(previous, epoch]``: such a slot serves exactly the live snapshots whose epoch
+lies inside. So who shares what, and what a deletion would free, follows from the counts; no record is looked at.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from nbdsnap.store.layout import CHUNK
+
+Usage = Iterable[tuple[int, int, int]]
+"""``(previous, epoch, slots)``."""
+
+
+@dataclass
+class Shares:
+    """Bytes by snapshot, in the order of the epochs asked about, and by how many snapshots share them."""
+
+    exclusive: list[int]
+    shared: list[int]
+    histogram: dict[int, int]
+
+
+def shares(usage: Usage, epochs: list[int]) -> Shares:
+    """``epochs``: of the live snapshots, ascending.  Costs one step per interval, and one per snapshot."""
+    exclusive = [0] * len(epochs)
+    steps = [0] * (len(epochs) + 1)
+    histogram: dict[int, int] = {}
+    for previous, epoch, slots in usage:
+        low, high = bisect_right(epochs, previous), bisect_right(epochs, epoch)
+        sharers, size = high - low, slots * CHUNK
+        histogram[sharers] = histogram.get(sharers, 0) + size
+        if sharers == 1:
+            exclusive[low] += size
+        elif sharers:
+            steps[low] += size
+            steps[high] -= size
+    shared: list[int] = []
+    running = 0
+    for step in steps[:-1]:
+        running += step
+        shared.append(running)
+    histogram.pop(0, None)  # a deletion is still under way
+    return Shares(exclusive, shared, histogram)
+
+
+def freed_by_deleting(usage: Usage, epochs: list[int], doomed: set[int]) -> int:
+    """Bytes that only the snapshots ``doomed`` need, of the live ones ``epochs`` (ascending)."""
+    survivors = [epoch for epoch in epochs if epoch not in doomed]
+    freed = 0
+    for previous, epoch, slots in usage:
+        served = bisect_right(epochs, epoch) - bisect_right(epochs, previous)
+        kept = bisect_right(survivors, epoch) - bisect_right(survivors, previous)
+        if served and not kept:
+            freed += slots * CHUNK
+    return freed

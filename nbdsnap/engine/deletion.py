@@ -1,0 +1,209 @@
+"""Deleting snapshots, for whoever asks, and for want of space.
+
+A deletion has two parts.  *Marking* is one transaction: from then on the snapshots are gone for everyone, after a
+crash too.  *Reclaiming* frees what only they needed, in steps of one transaction each
+(:mod:`nbdsnap.engine.reclaim`), between which writes go on.  What one process leaves undone, the next one does.
+
+When the store is full
+----------------------
+With ``on_full = "drop-snapshots"``, a write that finds no room for what it must preserve has it made
+(:meth:`Deletions.make_room`): first the deletions that are under way go on, then snapshots are dropped, whole, one at a
+time, until there is room.  The lowest priority goes first, then the oldest; never one that is held, open, or of
+priority KEEP.  Reclaiming goes only as far as is needed at once: the rest follows between the next batches.
+
+All of it but :meth:`reclaim` and :meth:`resume` happens on the preserver's thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+
+from nbdsnap.engine import accounting
+from nbdsnap.engine.preserver import Preserver
+from nbdsnap.engine.reclaim import Part, parts, reclaim_slice
+from nbdsnap.engine.records import SnapshotRecord, VolumeState
+from nbdsnap.engine.volume import Volume
+from nbdsnap.errors import ConflictError, InUseError, NbdsnapError
+from nbdsnap.store.chunkstore import ChunkStore
+from nbdsnap.store.index import Index, IndexWriter
+
+log = logging.getLogger(__name__)
+
+MIN_PRIORITY = -128
+KEEP = 127
+"""The highest priority: such a snapshot is never dropped."""
+
+Doomed = dict[VolumeState, list[SnapshotRecord]]
+"""Snapshots to be deleted, by volume, ascending by epoch."""
+
+
+@dataclass
+class Reclaiming:
+    """A deletion under way: what is ``left`` to be looked at.  A step that fails leaves it as it is."""
+
+    volume: str
+    left: list[Part]
+
+
+class Deletions:
+    """Of one pool.  ``lock`` is the pool's, ``volumes`` its states, by name."""
+
+    def __init__(
+        self,
+        lock: threading.RLock,
+        volumes: dict[str, VolumeState],
+        index: Index,
+        store: ChunkStore,
+        preserver: Preserver,
+        workers: Executor,
+    ) -> None:
+        self._lock = lock
+        self._volumes = volumes
+        self._index = index
+        self._store = store
+        self._preserver = preserver
+        self._workers = workers
+        self._under_way: list[Reclaiming] = []
+
+    def would_free(self, doomed: Doomed) -> int:
+        """Bytes."""
+        freed = 0
+        for state, snapshots in doomed.items():
+            with self._index.read() as reader:
+                usage = list(reader.usage(state.record.number))
+            freed += accounting.freed_by_deleting(usage, state.epochs, {snapshot.epoch for snapshot in snapshots})
+        return freed
+
+    def mark(self, choose: Callable[[], Doomed]) -> Doomed:
+        """Delete what ``choose``, called under the lock, names: all or none."""
+        with self._lock:
+            doomed = choose()
+            before = {state: state.snapshots for state in doomed}
+            for state, snapshots in doomed.items():
+                gone = {snapshot.epoch for snapshot in snapshots}
+                state.set_snapshots([snapshot for snapshot in state.snapshots if snapshot.epoch not in gone])
+
+        def change(txn: IndexWriter) -> None:
+            for state, snapshots in doomed.items():
+                for snapshot in snapshots:
+                    marked = replace(snapshot, deleting=True)
+                    txn.put_snapshot(state.record.number, snapshot.epoch, marked.to_json())
+
+        try:
+            self._index.update(change)
+        except BaseException:
+            with self._lock:
+                for state, present in before.items():
+                    state.set_snapshots(present)
+            raise
+        with self._lock:
+            for state, snapshots in doomed.items():
+                state.deleting.extend(snapshots)
+                for snapshot in snapshots:
+                    snapshot.deleting = True
+                if isinstance(state, Volume) and before[state][-1].deleting:
+                    state.forget_exclusive()
+        return doomed
+
+    # Reclaiming
+
+    def reclaim(self, volume: str, doomed: list[SnapshotRecord]) -> None:
+        """Free what only ``doomed`` (marked; ascending) of that volume needed.  On any thread but the preserver's."""
+        self._finish(self._begin(volume, doomed))
+
+    def resume(self) -> None:
+        """Go on with what an earlier process began, beside everything else."""
+        for name, state in list(self._volumes.items()):
+            if state.deleting:
+                self._workers.submit(self._go_on, self._begin(name, list(state.deleting)))
+
+    def _go_on(self, work: Reclaiming) -> None:
+        """As far as time allows."""
+        try:
+            self._finish(work)
+        except ConflictError:
+            log.info("volume %s: the deletion of snapshots goes on at the next start", work.volume)
+        except (OSError, NbdsnapError) as error:
+            log.error("volume %s: the space of deleted snapshots is not given back: %s", work.volume, error)
+
+    def _finish(self, work: Reclaiming) -> None:
+        while self._preserver.run(lambda: self._step(work)):
+            pass
+
+    def _begin(self, volume: str, doomed: list[SnapshotRecord]) -> Reclaiming:
+        work = Reclaiming(volume, parts([snapshot.epoch for snapshot in doomed], self._volumes[volume].epochs))
+        self._under_way.append(work)
+        return work
+
+    def _step(self, work: Reclaiming) -> bool:
+        """One transaction.  Whether there is more to do."""
+        if not work.left:
+            return False
+        state = self._volumes[work.volume]  # each time: the volume may have been opened meanwhile
+        slots, left = reclaim_slice(self._index, state.record.number, state.epochs, work.left)
+        gone = {part.snapshot for part in work.left} - {part.snapshot for part in left}
+        work.left = left
+        if not left:
+            self._under_way.remove(work)
+        with self._lock:
+            state.deleting = [snapshot for snapshot in state.deleting if snapshot.epoch not in gone]
+        self._store.free(slots)
+        return bool(left)
+
+    # A full store
+
+    def make_room(self, slots: int) -> bool:
+        """Go some way towards ``slots`` free slots; False where there is no way.
+
+        At most one snapshot is dropped: without it, the caller may need less.
+        """
+        before = self._store.used_slots
+        within = self._store.slots_within_limit
+        goal = before - slots if within is None or before + slots <= within else within - slots
+        try:
+            while self._under_way and self._store.used_slots > goal:
+                self._step(self._under_way[0])
+            return self._store.used_slots <= goal or self._drop_next() or self._store.used_slots < before
+        except (OSError, NbdsnapError) as error:
+            log.error("no room can be made in the exception store: %s", error)
+            return False
+
+    def _drop_next(self) -> bool:
+        doomed = self.mark(self._choose)
+        for state, snapshots in doomed.items():
+            for snapshot in snapshots:
+                log.warning(
+                    "the exception store is full: dropped the snapshot %s@%s (priority %d, taken %s)",
+                    state.name,
+                    snapshot.name,
+                    snapshot.priority,
+                    snapshot.created.isoformat(timespec="seconds"),
+                )
+            self._workers.submit(self._go_on, self._begin(state.name, snapshots))
+        return bool(doomed)
+
+    def _choose(self) -> Doomed:
+        """The next snapshot to be dropped, if there is one."""
+        found = [
+            (snapshot.priority, snapshot.created, snapshot.epoch, state.name)
+            for state in self._volumes.values()
+            for snapshot in state.snapshots
+            if not (snapshot.held or snapshot.connections or snapshot.priority >= KEEP)
+        ]
+        if not found:
+            return {}
+        _, _, epoch, name = min(found)
+        state = self._volumes[name]
+        return {state: [snapshot for snapshot in state.snapshots if snapshot.epoch == epoch]}
+
+
+def check_deletable(snapshot: SnapshotRecord, name: str) -> None:
+    """InUseError where the snapshot is open or held."""
+    if snapshot.connections:
+        raise InUseError(f"{name} is open: {snapshot.connections} connections", hint="disconnect its clients first")
+    if snapshot.held:
+        raise InUseError(f"{name} is held", hint=f"release it first: nbdsnap snapshot release {name}")

@@ -1,0 +1,662 @@
+"""The pool: the engine's front door.
+
+A :class:`Pool` owns a folder (under its lock), its volumes and their snapshots.  Its methods are what a user can ask
+for, on names as the user types them; the work is done in the modules beside this one.
+
+Threads.  All changes of the index, and of the lists of volumes and snapshots, happen on the preserver's thread, one
+after the other.  The lists are changed and read under ``_lock``, which is never held while a disk is waited for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from nbdsnap.engine import accounting, files, stamps
+from nbdsnap.engine.check import Checker
+from nbdsnap.engine.deletion import KEEP, MIN_PRIORITY, Deletions, Doomed, check_deletable
+from nbdsnap.engine.device import Device
+from nbdsnap.engine.diff import changed_blocks, extents
+from nbdsnap.engine.live import LiveDevice
+from nbdsnap.engine.lock import PoolLock
+from nbdsnap.engine.names import check_name, parse_snapshot_name
+from nbdsnap.engine.preserver import Preserver
+from nbdsnap.engine.reclaim import END_OF_EPOCHS
+from nbdsnap.engine.records import SnapshotRecord, VolumeRecord, VolumeState, now
+from nbdsnap.engine.recovery import recover
+from nbdsnap.engine.snapshot import SnapshotDevice
+from nbdsnap.engine.space import Space
+from nbdsnap.engine.volume import Volume
+from nbdsnap.errors import (
+    AlreadyExistsError,
+    InUseError,
+    NbdsnapError,
+    NotFoundError,
+    OriginChangedError,
+    OriginError,
+    UsageError,
+)
+from nbdsnap.models import (
+    CheckReport,
+    Extent,
+    PoolStatus,
+    Sharing,
+    SnapshotDeletion,
+    SnapshotInfo,
+    StoreStatus,
+    VolumeInfo,
+    VolumeStatus,
+)
+from nbdsnap.sizes import format_size
+from nbdsnap.store import pagesums
+from nbdsnap.store.chunkstore import ChunkStore
+from nbdsnap.store.fileio import FileIO
+from nbdsnap.store.index import IndexWriter, Record
+from nbdsnap.store.intentlog import IntentLog
+from nbdsnap.store.layout import DEFAULT_LOG_SIZE, INDEX_FILE, LOG_FILE, STORE_FILE
+from nbdsnap.store.origin import Origin, check_size, create_origin
+from nbdsnap.store.originuse import is_written_elsewhere
+from nbdsnap.store.stranded import StrandedIntents
+
+log = logging.getLogger(__name__)
+
+WORKERS = 8
+"""Threads for writes and syncs that may wait for a disk."""
+
+CATCH_UP_S = 1.0
+"""Seconds that a report waits for acknowledged writes to be accounted for."""
+
+
+ON_FULL = ("refuse-writes", "drop-snapshots")
+WARN_AT = (80, 90)
+
+
+@dataclass(frozen=True)
+class PoolOptions:
+    """``store_limit``: bytes that the exception store may take; None: as much as there is.
+
+    ``log_size``: bytes of the intent log.
+    ``on_full``: "refuse-writes" or "drop-snapshots" (:mod:`nbdsnap.engine.deletion`), when there is no space left.
+    ``warn_at``: percentages of the store's capacity (:mod:`nbdsnap.engine.space`).
+    """
+
+    store_limit: int | None = None
+    log_size: int = DEFAULT_LOG_SIZE
+    on_full: str = ON_FULL[0]
+    warn_at: Sequence[int] = WARN_AT
+
+
+@dataclass(frozen=True)
+class Export:
+    """Something that a client can open."""
+
+    name: str
+    size: int
+    read_only: bool
+    description: str
+
+
+class Pool:
+    """An opened pool.  Every method but ``exports``, ``find_export`` and ``open_device`` may wait for a disk."""
+
+    def __init__(self, path: Path, options: PoolOptions, io: FileIO) -> None:
+        self.path = path
+        self._io = io
+        self._lock = threading.RLock()
+        self._volumes: dict[str, VolumeState] = {}
+        self._pool_lock = PoolLock(io, path)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._pool_lock.release)
+            self._index, self._meta = files.open_index(io, path)
+            undo.callback(self._index.close)
+            with self._index.read() as reader:
+                self._store = ChunkStore(io, path / STORE_FILE, reader.slots(), options.store_limit)
+            undo.callback(self._store.close)
+            self._log = IntentLog(io, path / LOG_FILE, options.log_size)
+            undo.callback(self._log.close)
+            pagesums.remove_sums(io, path / INDEX_FILE)
+            files.make_entries_durable(io, path)
+            self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="engine")
+            undo.callback(self._workers.shutdown)
+            self._stranded = StrandedIntents(io, path)
+            self._space = Space(self._store, options.warn_at, options.log_size)
+            self._preserver = Preserver(self._index, self._store, self._log, self._space, self._stranded)
+            self._deletions = Deletions(
+                self._lock, self._volumes, self._index, self._store, self._preserver, self._workers
+            )
+            if options.on_full == "drop-snapshots":
+                self._preserver.preservation.make_room = self._deletions.make_room
+            self._load()
+            undo.pop_all()
+        self._preserver.start()
+        self._deletions.resume()
+
+    @classmethod
+    def open(
+        cls, path: Path, options: PoolOptions | None = None, *, create: bool = False, io: FileIO | None = None
+    ) -> Pool:
+        """Open the pool at ``path`` and take its lock.
+
+        Raises NotFoundError where there is none (``create`` makes one), PoolLockedError where another process has it,
+        FormatError for another program's folder or a future version, CorruptionError for a damaged index.
+        """
+        files.prepare_folder(path, create=create)
+        return cls(path, options or PoolOptions(), io or FileIO())
+
+    def close(self) -> None:
+        """Finish what is under way, make it durable, and give the pool back."""
+        self._preserver.stop()
+        self._workers.shutdown()
+        settled: list[Volume] = []
+        for volume in self._live_volumes():
+            try:
+                volume.sync_in_place()
+                if not volume.intents:
+                    settled.append(volume)
+            except (OSError, NbdsnapError) as error:
+                log.error("volume %s: its last writes may be lost: %s", volume.name, error)
+        try:
+            stamps.put_stamps(self._index, settled)
+        except (OSError, NbdsnapError) as error:
+            log.warning("a change of the origins before the next start will not be noticed: %s", error)
+        for volume in self._live_volumes():
+            volume.close()
+        self._log.close()
+        self._store.close()
+        self._index.close()
+        files.seal_index(self._io, self.path)
+        self._pool_lock.release()
+
+    def _load(self) -> None:
+        snapshots: dict[int, list[SnapshotRecord]] = {}
+        with self._index.read() as reader:
+            records = [VolumeRecord.from_json(number, value) for number, value in reader.volumes()]
+            for number, epoch, value in reader.snapshots():
+                snapshots.setdefault(number, []).append(SnapshotRecord.from_json(epoch, value))
+        for record in records:
+            of_volume = snapshots.get(record.number, [])
+            try:
+                self._volumes[record.name] = self._open_volume(record, of_volume)
+            except NbdsnapError as error:
+                log.info("volume %s can't be served: %s", record.name, error)  # whoever asks for it is told
+                self._volumes[record.name] = VolumeState(record, of_volume, error)
+        stamps.remove_stamps(self._index, self._live_volumes())
+        volumes = {volume.record.number: volume for volume in self._live_volumes()}
+        failures = recover(self._stranded, self._preserver, volumes, [record.number for record in records])
+        for number, failure in failures.items():
+            volume = volumes[number]
+            volume.close()
+            problem = OriginError(
+                f"volume {volume.name} can't take its acknowledged writes: {failure}",
+                hint="mend that (free space, or the disk) and restart: they are kept in the pool",
+            )
+            self._volumes[volume.name] = VolumeState(volume.record, volume.snapshots + volume.deleting, problem)
+
+    def _open_volume(self, record: VolumeRecord, snapshots: list[SnapshotRecord]) -> Volume:
+        assert record.origin is not None
+        if is_written_elsewhere(Path(record.origin)):
+            log.warning(
+                "volume %s: another program has %s open for writing: what it writes changes the snapshots, too",
+                record.name,
+                record.origin,
+            )
+        origin = Origin(self._io, Path(record.origin))
+        try:
+            if origin.size < record.size:
+                raise OriginError(
+                    f"the origin {origin.path} has {origin.size} bytes, but volume {record.name} {record.size}",
+                    hint="it was cut short while nbdsnap did not run; restore it to its full size",
+                )
+            for other in self._live_volumes():
+                if other.origin.identity == origin.identity:
+                    raise InUseError(f"{origin.path} is the origin of volume {other.name} already")
+            stamps.check_stamp(record, snapshots, origin)
+        except BaseException:
+            origin.close()
+            raise
+        return Volume(record, snapshots, origin, self._io, self._preserver, self._workers)
+
+    # Finding
+
+    def _live_volumes(self) -> list[Volume]:
+        return [volume for _, volume in sorted(self._volumes.items()) if isinstance(volume, Volume)]
+
+    def _state(self, name: str) -> VolumeState:
+        state = self._volumes.get(check_name(name))
+        if state is None:
+            raise NotFoundError(f"there is no volume {name}", hint="`nbdsnap volume list` shows what there is")
+        return state
+
+    def _volume(self, name: str) -> Volume:
+        state = self._state(name)
+        if isinstance(state, Volume):
+            return state
+        assert state.problem is not None
+        raise state.problem
+
+    def _snapshot(self, text: str) -> tuple[VolumeState, SnapshotRecord]:
+        volume_name, name = parse_snapshot_name(text)
+        state = self._state(volume_name)
+        snapshot = state.find(name)
+        if snapshot is not None:
+            return state, snapshot
+        raise NotFoundError(
+            f"there is no snapshot {text}", hint=f"`nbdsnap snapshot list {volume_name}` shows what there is"
+        )
+
+    # Exports
+
+    def exports(self) -> list[Export]:
+        """Everything that can be opened: volumes by name, each before its snapshots, oldest first."""
+        with self._lock:
+            found: list[Export] = []
+            for volume in self._live_volumes():
+                found.append(_export(volume, None))
+                found.extend(_export(volume, snapshot) for snapshot in volume.snapshots)
+            return found
+
+    def find_export(self, name: str) -> Export | None:
+        """The export of that name; "" is the only volume, where there is exactly one."""
+        with self._lock:
+            try:
+                return _export(*self._find(name))
+            except NbdsnapError:
+                return None
+
+    def open_device(self, name: str) -> Device:
+        """Open an export; it is in use until the device is closed.  NotFoundError where there is none."""
+        with self._lock:
+            volume, snapshot = self._find(name)
+            if snapshot is None:
+                with contextlib.suppress(OSError):  # without the log, writes wait for what they preserve
+                    self._log.wake()
+                volume.connections += 1
+                return LiveDevice(volume, lambda: self._closed(volume))
+            snapshot.connections += 1
+            return SnapshotDevice(volume, snapshot, self._index, self._store, lambda: self._closed(snapshot))
+
+    def _find(self, name: str) -> tuple[Volume, SnapshotRecord | None]:
+        if not name:
+            if len(self._volumes) != 1:
+                raise NotFoundError(f"there are {len(self._volumes)} volumes, so there is no default export")
+            name = next(iter(self._volumes))
+        volume = self._volume(name.partition("@")[0])
+        return volume, self._snapshot(name)[1] if "@" in name else None
+
+    def _closed(self, opened: Volume | SnapshotRecord) -> None:
+        with self._lock:
+            opened.connections -= 1
+
+    # Volumes
+
+    def volume_create(self, name: str, origin: Path, size: int | None = None) -> VolumeInfo:
+        """Make a volume of a raw file or block device, as it is.  A missing file is created, sparse, with ``size``."""
+        self._check_new(name)
+        path = origin.absolute()
+        if size is None or path.exists():
+            return self._preserver.run(lambda: self._add_volume(name, path, size))
+        create_origin(self._io, path, size)
+        try:
+            return self._preserver.run(lambda: self._add_volume(name, path, size))
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+
+    def _check_new(self, name: str) -> None:
+        if check_name(name) in self._volumes:
+            raise AlreadyExistsError(f"volume {name} exists already")
+
+    def _add_volume(self, name: str, path: Path, size: int | None) -> VolumeInfo:
+        self._check_new(name)
+        meta = dict(self._meta)
+        record = VolumeRecord(meta["next_volume"], name, "origin", origin_size(self._io, path, size), str(path))
+        volume = self._open_volume(record, [])
+        meta["next_volume"] += 1
+
+        def change(txn: IndexWriter) -> None:
+            txn.put_meta(meta)
+            txn.put_volume(record.number, record.to_json())
+
+        try:
+            self._index.update(change)
+        except BaseException:
+            volume.close()
+            raise
+        with self._lock:
+            self._meta = meta
+            self._volumes[name] = volume
+        return _volume_info(volume)
+
+    def volume_ensure(self, name: str, origin: Path, size: int | None = None) -> VolumeInfo:
+        """The volume, created where the pool lacks it.  ``size`` matters only then; another origin is an error."""
+        if check_name(name) not in self._volumes:
+            return self.volume_create(name, origin, size)
+        state = self._state(name)
+        if not isinstance(state.problem, OriginChangedError):  # that one is for a person to decide; others are served
+            self._volume(name)
+        known = Path(state.record.origin or "")
+        if not origin.exists() or not origin.samefile(known):
+            raise OriginError(
+                f"volume {name} has the origin {known}, not {origin}",
+                hint="name that one, or delete the volume first (its origin file stays)",
+            )
+        return _volume_info(state)
+
+    def volume_accept(self, name: str) -> VolumeStatus:
+        """Serve a volume although its origin was changed by another program, and mark its snapshots."""
+        self._preserver.run(lambda: self._accept(self._state(name)))
+        return self.volume_show(name)
+
+    def _accept(self, state: VolumeState) -> None:
+        if not isinstance(state.problem, OriginChangedError):
+            return
+        marked = stamps.accept(self._index, state)
+        log.warning("volume %s: accepted a changed origin; these may have changed: %s", state.name, ", ".join(marked))
+        volume = self._open_volume(state.record, [*state.snapshots, *state.deleting])
+        with self._lock:
+            volume.deleting = state.deleting  # one list, whoever goes on reclaiming
+            self._volumes[state.name] = volume
+
+    def volume_list(self) -> list[VolumeInfo]:
+        with self._lock:
+            return [_volume_info(state) for _, state in sorted(self._volumes.items())]
+
+    def volume_show(self, name: str) -> VolumeStatus:
+        self._catch_up()
+        return self._status_of(self._state(name))[0]
+
+    def volume_delete(self, name: str, *, snapshots: bool = False, dry_run: bool = False) -> VolumeStatus:
+        """Forget a volume, and its snapshots where ``snapshots`` says so.  Its origin file stays as it is.
+
+        Returns what was (or, with ``dry_run``, would be) deleted.
+        """
+        state = self._state(name)
+        status = self.volume_show(name)
+        if state.snapshots and not snapshots:
+            raise InUseError(
+                f"volume {name} has {len(state.snapshots)} snapshots", hint="delete them too with --snapshots"
+            )
+        _check_unused(state, name)
+        doomed = [f"{name}@{snapshot.name}" for snapshot in state.snapshots]
+        self.snapshot_delete(doomed, dry_run=dry_run)
+        if not dry_run:
+            self._preserver.run(lambda: self._remove_volume(state))
+        return status
+
+    def _remove_volume(self, state: VolumeState) -> None:
+        with self._lock:
+            _check_unused(state, state.name)
+            if state.snapshots or state.deleting:
+                raise InUseError(f"volume {state.name} still has snapshots", hint="try again in a moment")
+            del self._volumes[state.name]
+        try:
+            if isinstance(state, Volume):
+                state.close_gate()
+                self._preserver.drain([state])
+                state.sync_in_place()
+            self._index.update(lambda txn: txn.delete_volume(state.record.number))
+        except BaseException:
+            with self._lock:
+                self._volumes[state.name] = state
+            if isinstance(state, Volume):
+                state.open_gate()
+            raise
+        if isinstance(state, Volume):
+            state.close()
+        self._stranded.remove(state.record.number)
+
+    # Snapshots
+
+    def snapshot_create(self, names: Sequence[str]) -> list[SnapshotInfo]:
+        """Take ``VOLUME@NAME``, each, at one instant: all or none.
+
+        Cost: what the origins have not written back yet is synced, and one transaction; whatever the volumes' sizes.
+        """
+        wanted = [parse_snapshot_name(text) for text in names]
+        if len({volume for volume, _ in wanted}) != len(wanted):
+            raise UsageError("one volume is named twice", hint="one instant gives one snapshot of a volume")
+        for volume_name, _ in wanted:
+            self._volume(volume_name).sync_in_place()  # the long part, while writes go on
+        return self._preserver.run(lambda: self._take(wanted))
+
+    def _take(self, wanted: list[tuple[str, str]]) -> list[SnapshotInfo]:
+        volumes: list[Volume] = []
+        for volume_name, name in wanted:
+            volume = self._volume(volume_name)
+            if volume.find(name) is not None:
+                raise AlreadyExistsError(f"snapshot {volume_name}@{name} exists already")
+            volumes.append(volume)
+        created = now()
+        taken = [
+            SnapshotRecord(volume.record.epoch, name, volume.size, created)
+            for volume, (_, name) in zip(volumes, wanted, strict=True)
+        ]
+        bumped = [replace(volume.record, epoch=volume.record.epoch + 1) for volume in volumes]
+
+        def change(txn: IndexWriter) -> None:
+            for record, snapshot in zip(bumped, taken, strict=True):
+                txn.put_snapshot(record.number, snapshot.epoch, snapshot.to_json())
+                txn.put_volume(record.number, record.to_json())
+
+        try:
+            for volume in volumes:
+                volume.close_gate()
+            self._preserver.drain(volumes)
+            for volume in volumes:
+                volume.sync_in_place()
+            self._index.update(change)
+            with self._lock:
+                for volume, record, snapshot in zip(volumes, bumped, taken, strict=True):
+                    volume.record = record
+                    volume.add_snapshot(snapshot)
+                    volume.forget_exclusive()
+        finally:
+            for volume in volumes:
+                volume.open_gate()
+        return [_snapshot_info(volume, snapshot) for volume, snapshot in zip(volumes, taken, strict=True)]
+
+    def snapshot_list(self, volume: str | None = None) -> list[SnapshotInfo]:
+        """Oldest first; of all volumes where none is named."""
+        self._catch_up()
+        states = [self._state(volume)] if volume is not None else list(self._volumes.values())
+        found = [snapshot for state in states for snapshot in self._status_of(state)[0].snapshots]
+        return sorted(found, key=lambda info: info.created)
+
+    def snapshot_delete(self, names: Sequence[str], *, dry_run: bool = False) -> SnapshotDeletion:
+        """Delete snapshots, all or none, and give back what only they needed."""
+        doomed = self._deletable(names)
+        self._catch_up()
+        freed = self._deletions.would_free(doomed)
+        if not dry_run:
+            marked = self._preserver.run(lambda: self._deletions.mark(lambda: self._deletable(names)))
+            for state, snapshots in marked.items():
+                self._deletions.reclaim(state.name, snapshots)
+        return SnapshotDeletion(names=list(names), freed_bytes=freed)
+
+    def _deletable(self, names: Sequence[str]) -> Doomed:
+        """The snapshots of ``names``, each once; refused where one can't be deleted."""
+        with self._lock:
+            found = self._group(names)
+            for state, snapshots in found.items():
+                for snapshot in snapshots:
+                    check_deletable(snapshot, f"{state.name}@{snapshot.name}")
+        return found
+
+    def _group(self, names: Sequence[str]) -> Doomed:
+        """The snapshots of ``names`` by volume, each once, ascending.  Under the lock."""
+        found: Doomed = {}
+        for name in dict.fromkeys(names):
+            state, snapshot = self._snapshot(name)
+            found.setdefault(state, []).append(snapshot)
+        for snapshots in found.values():
+            snapshots.sort(key=lambda snapshot: snapshot.epoch)
+        return found
+
+    def snapshot_hold(self, names: Sequence[str], *, held: bool = True) -> list[SnapshotInfo]:
+        """Keep snapshots from being deleted or dropped, or (``held=False``) let them be again: all or none."""
+        return self._preserver.run(lambda: self._change_snapshots(names, lambda one: replace(one, held=held)))
+
+    def snapshot_priority(self, name: str, priority: int) -> SnapshotInfo:
+        """How much a snapshot matters when a full store has to drop some: the lowest goes first, and KEEP never."""
+        if not MIN_PRIORITY <= priority <= KEEP:
+            raise UsageError(f"priority {priority} is out of range: {MIN_PRIORITY} to {KEEP}")
+        infos = self._preserver.run(lambda: self._change_snapshots([name], lambda one: replace(one, priority=priority)))
+        return infos[0]
+
+    def _change_snapshots(
+        self, names: Sequence[str], change: Callable[[SnapshotRecord], SnapshotRecord]
+    ) -> list[SnapshotInfo]:
+        with self._lock:
+            chosen = [(state, snapshot) for state, snapshots in self._group(names).items() for snapshot in snapshots]
+
+        def put(txn: IndexWriter) -> None:
+            for state, snapshot in chosen:
+                txn.put_snapshot(state.record.number, snapshot.epoch, change(snapshot).to_json())
+
+        self._index.update(put)
+        with self._lock:
+            for _, snapshot in chosen:
+                changed = change(snapshot)
+                snapshot.held, snapshot.priority = changed.held, changed.priority
+        infos = {(info.volume, info.name): info for state, _ in chosen for info in self._status_of(state)[0].snapshots}
+        return [infos[state.name, snapshot.name] for state, snapshot in chosen]
+
+    # Looking
+
+    def diff(self, older: str, newer: str | None = None) -> Iterator[Extent]:
+        """What changed from snapshot ``older`` to snapshot ``newer`` of the same volume, or to the live volume."""
+        state, base = self._snapshot(older)
+        end_epoch, size = END_OF_EPOCHS, state.size
+        if newer is not None:
+            other, target = self._snapshot(newer)
+            if other is not state:
+                raise UsageError(f"{older} and {newer} are of different volumes")
+            if target.epoch < base.epoch:
+                raise UsageError(f"{older} is newer than {newer}", hint="name the older one first")
+            end_epoch, size = target.epoch, target.size
+        if newer is None and isinstance(state, Volume):
+            self._preserver.run(state.check_not_stalled)  # what was acknowledged before is in the index then
+        with self._index.read() as reader:
+            blocks = changed_blocks(reader, state.record.number, base.epoch, end_epoch)
+        for offset, length in extents(blocks, size, base.size):
+            yield Extent(offset=offset, length=length)
+
+    def _catch_up(self) -> None:
+        """Wait, but not for long, until what was acknowledged before is in the index."""
+        with contextlib.suppress(TimeoutError):
+            self._preserver.run(_nothing, timeout=CATCH_UP_S)
+
+    def status(self) -> PoolStatus:
+        self._catch_up()
+        sharing: dict[int, int] = {}
+        volumes: list[VolumeStatus] = []
+        for _, state in sorted(self._volumes.items()):
+            status, histogram = self._status_of(state)
+            volumes.append(status)
+            for sharers, size in histogram.items():
+                sharing[sharers] = sharing.get(sharers, 0) + size
+        store = StoreStatus(
+            used_bytes=self._store.used_bytes,
+            limit_bytes=self._store.limit,
+            allocated_bytes=self._store.allocated_bytes,
+            index_bytes=self._index.file_bytes,
+            free_bytes=self._space.free_bytes(),
+            warning=self._space.warning(),
+        )
+        shared = [Sharing(shared_by=sharers, bytes=size) for sharers, size in sorted(sharing.items())]
+        return PoolStatus(
+            path=str(self.path), volumes=volumes, store=store, sharing=shared, problem=self._preserver.obstacle
+        )
+
+    def _status_of(self, state: VolumeState) -> tuple[VolumeStatus, dict[int, int]]:
+        """A volume with its snapshots, and its bytes by number of sharers."""
+        with self._index.read() as reader:
+            usage = list(reader.usage(state.record.number))
+        with self._lock:
+            shares = accounting.shares(usage, state.epochs)
+            infos = [
+                _snapshot_info(state, snapshot, exclusive, shared)
+                for snapshot, exclusive, shared in zip(state.snapshots, shares.exclusive, shares.shared, strict=True)
+            ]
+            info = _volume_info(state).model_dump(exclude={"snapshots"})
+        return VolumeStatus(**info, snapshots=infos), shares.histogram
+
+    def settle(self) -> None:
+        """Wait until all that was acknowledged before is in place, and durable there: the raw files are current."""
+        self._preserver.run(lambda: self._preserver.drain([]))
+        for volume in self._live_volumes():
+            volume.sync_in_place()
+
+    def check(self, *, data: bool = False, progress: Callable[[int, int], None] | None = None) -> CheckReport:
+        """Verify every invariant, and with ``data`` every checksum.  ``progress`` is called with (done, total)
+        slots."""
+        checker = Checker(self._index, self._store, data=data, progress=progress, newer=self._newer_record)
+        problems = list(checker.problems())
+        return CheckReport(ok=not problems, problems=problems)
+
+    def _newer_record(self, volume: int, record: Record) -> Record | None:
+        with self._index.read() as reader:
+            return reader.cursor(volume).around(record.chunk, record.epoch)[1]
+
+
+def _nothing() -> None:
+    """A command that only waits for what was submitted before it."""
+
+
+def origin_size(io: FileIO, path: Path, size: int | None) -> int:
+    """The bytes of the file or device, which ``size``, where given, must agree with."""
+    origin = Origin(io, path)
+    origin.close()
+    if size is not None and size != origin.size:
+        raise OriginError(
+            f"{path} has {origin.size} bytes, not {size}", hint="leave the size out to take the file as it is"
+        )
+    return check_size(origin.size)
+
+
+def _check_unused(opened: VolumeState | SnapshotRecord, name: str) -> None:
+    if opened.connections:
+        raise InUseError(f"{name} is open: {opened.connections} connections", hint="disconnect its clients first")
+
+
+def _export(volume: Volume, snapshot: SnapshotRecord | None) -> Export:
+    if snapshot is None:
+        return Export(volume.name, volume.size, False, f"live volume, {format_size(volume.size)}")
+    taken = snapshot.created.isoformat(timespec="seconds")
+    return Export(f"{volume.name}@{snapshot.name}", snapshot.size, True, f"snapshot taken {taken}")
+
+
+def _volume_info(state: VolumeState) -> VolumeInfo:
+    record = state.record
+    return VolumeInfo(
+        name=record.name,
+        kind=record.kind,
+        size=record.size,
+        origin=record.origin,
+        created=record.created,
+        snapshots=len(state.snapshots),
+        connections=state.connections,
+        error=state.error,
+    )
+
+
+def _snapshot_info(
+    state: VolumeState, snapshot: SnapshotRecord, exclusive_bytes: int = 0, shared_bytes: int = 0
+) -> SnapshotInfo:
+    return SnapshotInfo(
+        volume=state.name,
+        name=snapshot.name,
+        created=snapshot.created,
+        size=snapshot.size,
+        priority=snapshot.priority,
+        held=snapshot.held,
+        exclusive_bytes=exclusive_bytes,
+        shared_bytes=shared_bytes,
+        connections=snapshot.connections,
+        problem=snapshot.suspect,
+    )

@@ -1,0 +1,144 @@
+"""What the index's tables ``volumes`` and ``snapshots`` hold, and the objects in memory that stand for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from nbdsnap.errors import NbdsnapError
+
+JsonObject = dict[str, Any]
+
+
+def now() -> datetime:
+    """The present, in whole microseconds, UTC."""
+    return datetime.now(UTC)
+
+
+@dataclass
+class SnapshotRecord:
+    """A snapshot: content as of the end of ``epoch``.
+
+    ``deleting``: it is gone for everyone, and only its space is still being given back.
+    ``suspect``: why its content may differ from what it was, for a person; None where it can't.
+    ``connections``: in memory only: how many devices are open on it.
+    """
+
+    epoch: int
+    name: str
+    size: int
+    created: datetime
+    priority: int = 0
+    held: bool = False
+    deleting: bool = False
+    suspect: str | None = None
+    connections: int = 0
+
+    def to_json(self) -> JsonObject:
+        return {
+            "name": self.name,
+            "size": self.size,
+            "created": self.created.isoformat(),
+            "priority": self.priority,
+            "held": self.held,
+            "deleting": self.deleting,
+            "suspect": self.suspect,
+        }
+
+    @classmethod
+    def from_json(cls, epoch: int, value: JsonObject) -> SnapshotRecord:
+        fields = {key: value[key] for key in ("name", "size", "priority", "held", "deleting")}
+        created = datetime.fromisoformat(value["created"])
+        return cls(epoch=epoch, created=created, suspect=value.get("suspect"), **fields)
+
+
+@dataclass
+class VolumeRecord:
+    """A volume.  ``epoch`` is the present one, which the next snapshot will get as its number; the first is 1.
+
+    ``stamp``: what the origin file was when it was closed (:mod:`nbdsnap.engine.stamps`); None while it is open.
+    """
+
+    number: int
+    name: str
+    kind: str
+    size: int
+    origin: str | None
+    created: datetime = field(default_factory=now)
+    epoch: int = 1
+    stamp: JsonObject | None = None
+
+    def to_json(self) -> JsonObject:
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "size": self.size,
+            "origin": self.origin,
+            "created": self.created.isoformat(),
+            "epoch": self.epoch,
+            "stamp": self.stamp,
+        }
+
+    @classmethod
+    def from_json(cls, number: int, value: JsonObject) -> VolumeRecord:
+        fields = {key: value[key] for key in ("name", "kind", "size", "origin", "epoch")}
+        created = datetime.fromisoformat(value["created"])
+        return cls(number=number, created=created, stamp=value.get("stamp"), **fields)
+
+
+class VolumeState:
+    """A volume as the pool knows it, whether or not its data can be reached.
+
+    ``snapshots`` are the live ones, ascending by epoch; ``deleting`` those whose space is still being given back.
+    Both lists change only on the preserver's thread, under the pool's lock.  ``connections``: devices open on the live
+    volume.
+    ``problem``: why the live data can't be used; then this is no :class:`~nbdsnap.engine.volume.Volume`.
+    """
+
+    def __init__(
+        self, record: VolumeRecord, snapshots: list[SnapshotRecord], problem: NbdsnapError | None = None
+    ) -> None:
+        self.record = record
+        self.set_snapshots([snapshot for snapshot in snapshots if not snapshot.deleting])
+        self.deleting = [snapshot for snapshot in snapshots if snapshot.deleting]
+        self.connections = 0
+        self.problem = problem
+
+    @property
+    def name(self) -> str:
+        return self.record.name
+
+    @property
+    def size(self) -> int:
+        return self.record.size
+
+    def set_snapshots(self, snapshots: list[SnapshotRecord]) -> None:
+        """These are the live ones now; a new list, so that a reader's is whole."""
+        self.snapshots = snapshots
+        self._by_name = {snapshot.name: snapshot for snapshot in snapshots}
+
+    def add_snapshot(self, snapshot: SnapshotRecord) -> None:
+        """The newest."""
+        self.snapshots = [*self.snapshots, snapshot]
+        self._by_name[snapshot.name] = snapshot
+
+    def find(self, name: str) -> SnapshotRecord | None:
+        return self._by_name.get(name)
+
+    @property
+    def newest_epoch(self) -> int:
+        """The newest live snapshot's epoch; 0 where there is none."""
+        return self.snapshots[-1].epoch if self.snapshots else 0
+
+    @property
+    def epochs(self) -> list[int]:
+        """Of the live snapshots, ascending."""
+        return [snapshot.epoch for snapshot in self.snapshots]
+
+    @property
+    def error(self) -> str | None:
+        """What is wrong with the volume, and what to do, for a person."""
+        if self.problem is None:
+            return None
+        return f"{self.problem} ({self.problem.advice})" if self.problem.advice else str(self.problem)

@@ -1,0 +1,415 @@
+"""A live volume: what its clients read and write now.
+
+Where a write goes
+------------------
+A chunk is *exclusive* when no live snapshot needs its present content any more: there is none, or it is preserved.  A
+write to exclusive chunks goes in place at once, on the caller's thread (:meth:`Volume.write_now`) or, if it might
+wait, on a worker.  Any other goes to the :class:`~nbdsnap.engine.preserver.Preserver`, which copies the old content out
+first: by way of the intent log where the write is short and there is room, and then it is acknowledged at once; else it
+waits.
+
+Which is which is asked of a bitmap that only remembers (:mod:`nbdsnap.store.chunkbits`); the index knows.
+
+The barrier
+-----------
+``lock`` is held from the question to the end of the write it allowed (``write_now``), or the writer is counted
+(``_writers``).  :meth:`close_gate` makes every later question answer no and waits for the writers: after it, no byte
+of the volume changes but by the preserver's thread.  That is how a snapshot gets one instant.  Reads never wait for it.
+
+Flushes
+-------
+``_written`` counts writes, each after it is done and before it is acknowledged; ``_synced`` is what it was when the
+last good sync began.  Where they are equal there is nothing to flush.  One sync runs at a time: the kernel tells an
+error of writing back only once, so a second sync beside the failed one would seem to have succeeded.
+
+``generation`` counts the preserver's commits.  It is raised after a commit and before the first overwrite that the
+commit allows, so a reader who finds it unchanged after reading live data knows that the data was not overwritten
+meanwhile.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor
+from typing import TYPE_CHECKING
+
+from nbdsnap.engine.device import STATE_HOLE, STATE_ZERO, Op, OpKind
+from nbdsnap.engine.pending import IntentSet, lay_over
+from nbdsnap.engine.records import SnapshotRecord, VolumeRecord, VolumeState
+from nbdsnap.engine.sync import SyncGroup
+from nbdsnap.errors import DeviceError
+from nbdsnap.store.chunkbits import ChunkBits
+from nbdsnap.store.fileio import FileIO
+from nbdsnap.store.layout import CHUNK, CHUNK_SHIFT, chunk_count
+from nbdsnap.store.origin import Origin
+
+if TYPE_CHECKING:
+    from nbdsnap.engine.preserver import Preserver
+
+log = logging.getLogger(__name__)
+
+ARRIVE_OPS = 128
+RETIRE_CHUNKS = 512
+"""Chunks that are marked under the lock at a time: some tens of microseconds."""
+
+NOW_LIMIT = 256 << 10
+"""Bytes: a longer write is copied on a worker thread, so that the caller's does not stand still for long."""
+
+
+class Volume(VolumeState):
+    """An origin volume whose data can be reached."""
+
+    def __init__(
+        self,
+        record: VolumeRecord,
+        snapshots: list[SnapshotRecord],
+        origin: Origin,
+        io: FileIO,
+        preserver: Preserver,
+        workers: Executor,
+    ) -> None:
+        super().__init__(record, snapshots)
+        self.origin = origin
+        self.generation = 0
+        self.lock = threading.Lock()
+        self.syncs = SyncGroup(self.sync, workers)
+        self.failure: str | None = None
+        """Why the volume takes no more writes: a sync failed, so what was written since the last good one may be
+        lost."""
+        self._fd = origin.fd
+        self._pwrite = io.pwrite
+        self._preadv = io.preadv
+        self._preserver = preserver
+        self._workers = workers
+        self._gate_open = True
+        self._exclusive: ChunkBits | None = None
+        self.intents = IntentSet(chunk_count(record.size))
+        self.stalled: BaseException | None = None
+        """Why acknowledged writes can't be applied now: they wait in the log, and no more are taken into it."""
+        self.stranded = 0
+        """Sequence of the newest intent in the volume's own file; 0 where there is no file."""
+        self.forget_exclusive()
+        self._writers = 0
+        self._idle = threading.Condition(self.lock)
+        self._sync_lock = threading.Lock()
+        self._written = 1  # what an earlier process wrote may not be durable yet
+        self._synced = 0
+
+    @property
+    def error(self) -> str | None:
+        return self.failure or (f"writes are stalled: {self.stalled}" if self.stalled else None)
+
+    # What callers on any thread do
+
+    def read_now(self, buffer: memoryview, offset: int) -> bool:
+        if self.intents.pending:
+            return self._read_patched(buffer, offset, self.read_in_place_now)
+        return self.read_in_place_now(buffer, offset)
+
+    def read_in_place_now(self, buffer: memoryview, offset: int) -> bool:
+        """What lies in the origin, without the pending writes; False where the disk would be waited for."""
+        try:
+            return self._preadv(self._fd, [buffer], offset, os.RWF_NOWAIT) == len(buffer)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:
+                return False
+            raise
+
+    def read(self, buffer: memoryview, offset: int) -> None:
+        self._read_patched(buffer, offset, self._read_in_place)
+
+    def _read_in_place(self, buffer: memoryview, offset: int) -> bool:
+        self.origin.read_into(buffer, offset)
+        return True
+
+    def _read_patched(self, buffer: memoryview, offset: int, read: Callable[[memoryview, int], bool]) -> bool:
+        """Read, and lay the pending writes over it.
+
+        They are looked up first: one that arrives in place meanwhile is then only laid over itself.
+        """
+        with self.lock:
+            patches = self.intents.patches(offset, offset + len(buffer))
+        if not read(buffer, offset):
+            return False
+        if patches:
+            lay_over(buffer, offset, patches)
+        return True
+
+    def write_now(self, offset: int, data: memoryview) -> bool:
+        length = len(data)
+        if length > NOW_LIMIT:
+            return False
+        with self.lock:
+            if not self._gate_open:
+                return False
+            exclusive = self._exclusive
+            if exclusive is not None:
+                chunk = offset >> CHUNK_SHIFT
+                if length <= CHUNK and not offset & (CHUNK - 1):
+                    if not exclusive.bits[chunk >> 3] >> (chunk & 7) & 1:
+                        return self._write_intent(offset, data)
+                elif not exclusive.covers(chunk, chunk_count(offset + length)):
+                    return self._write_intent(offset, data)
+            if (offset | length) & (CHUNK - 1) and not self._edges_cached(offset, offset + length):
+                return False
+            written = self._pwrite(self._fd, data, offset)
+            if written != length:
+                self.origin.write(data[written:], offset + written)
+            self._written += 1
+        return True
+
+    def _write_intent(self, offset: int, data: memoryview) -> bool:
+        """Under ``lock``: acknowledge from the log, where that is possible."""
+        if self.stalled is not None:
+            return False
+        intent = self._preserver.append(self, offset, data)
+        if intent is None:
+            return False
+        self.intents.add(intent)
+        if self._exclusive is not None:  # some of its chunks may have been
+            self._exclusive.remove(range(offset >> CHUNK_SHIFT, chunk_count(offset + len(data))))
+        return True
+
+    def _log(self, op: Op) -> bool:
+        assert op.data is not None
+        return self._write_intent(op.offset, memoryview(op.data))
+
+    def flush_now(self) -> bool:
+        if self.failure is not None or self._synced != self._written:
+            return False
+        synced: int = self._preserver.log.synced_sequence
+        return self.intents.last_sequence <= synced
+
+    def submit(self, op: Op) -> None:
+        if op.kind == OpKind.FLUSH:
+            self.syncs.request(op.done)
+            return
+        with self.lock:
+            in_place = self._gate_open and self._is_exclusive(op)
+            if in_place:
+                self._writers += 1
+            logged = self._gate_open and not in_place and op.kind == OpKind.WRITE and self._log(op)
+        if in_place:
+            self._workers.submit(self._write_counted, op)
+        elif logged:
+            self.finish(op, None)
+        else:
+            self._preserver.submit(self, op)
+
+    def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
+        with self.lock:
+            patches = self.intents.patches(offset, offset + length)
+        data = list(self.origin.data_extents(offset, length))
+        data += [(start, start + len(content)) for _, start, content in patches]
+        return _extents(sorted(data), offset, offset + length)
+
+    def cache(self, offset: int, length: int) -> None:
+        self.origin.will_need(offset, length)
+
+    # What the bitmap says
+
+    def _is_exclusive(self, op: Op) -> bool:
+        """Under ``lock``."""
+        if self._exclusive is None:
+            return True
+        return self._exclusive.covers(op.offset >> CHUNK_SHIFT, chunk_count(op.offset + op.length))
+
+    def missing(self, first: int, end: int) -> list[int]:
+        """The chunks of [first, end) that are not known to be exclusive.  On the preserver's thread."""
+        return [] if self._exclusive is None else self._exclusive.missing(first, end)
+
+    def mark_exclusive(self, chunks: list[int]) -> None:
+        """The chunks are preserved for every live snapshot.  Those with a live intent stay out until it is retired."""
+        with self.lock:
+            if self._exclusive is not None:
+                self._exclusive.add(chunk for chunk in chunks if not self.intents.is_live(chunk))
+
+    def mark_block_exclusive(self, block: int, members: int) -> None:
+        """The same for a whole block's set."""
+        with self.lock:
+            if self._exclusive is not None:
+                self._exclusive.add_block(block, members & ~self.intents.live_in_block(block))
+
+    def arrived(self, ops: list[Op]) -> None:
+        """The oldest pending intents, ``ops``, are in place."""
+        for start in range(0, len(ops), ARRIVE_OPS):
+            with self.lock:  # a part at a time: readers and writers wait for it
+                for op in ops[start : start + ARRIVE_OPS]:
+                    self.intents.arrived(op.offset, op.length)
+
+    def retired(self, sequence: int) -> None:
+        """The log has retired all intents before ``sequence``, so their chunks may be written in place."""
+        more = True
+        while more:
+            with self.lock:  # a part at a time: readers and writers wait for it
+                free, more = self.intents.retired(sequence, RETIRE_CHUNKS)
+                if self._exclusive is not None:
+                    self._exclusive.add(free)
+        with self.lock:
+            if not self.snapshots and not self.intents:
+                self._exclusive = None
+
+    def _edges_cached(self, offset: int, end: int) -> bool:
+        """Whether the pages that an unaligned write only half covers can be had without waiting for the disk."""
+        probe = memoryview(bytearray(1))
+        if offset & (CHUNK - 1) and not self.read_in_place_now(probe, offset):
+            return False
+        return not end & (CHUNK - 1) or self.read_in_place_now(probe, end - 1)
+
+    def is_over_intents(self, op: Op) -> bool:
+        """Whether a live intent lies in ``op``'s range: a replay would undo it there."""
+        with self.lock:
+            return self.intents.any_live(op.offset >> CHUNK_SHIFT, chunk_count(op.offset + op.length))
+
+    def stall(self, reason: BaseException | None) -> None:
+        """Acknowledged writes can't be applied, or (None) may be tried again."""
+        if reason is not None and self.stalled is None:
+            log.error("volume %s: acknowledged writes wait in the intent log: %s", self.name, reason)
+        with self.lock:
+            self.stalled = reason
+
+    def obstacle(self) -> BaseException | None:
+        """What keeps acknowledged writes from being applied."""
+        return DeviceError(self.failure) if self.failure is not None else self.stalled
+
+    def check_not_stalled(self) -> None:
+        obstacle = self.obstacle()
+        if obstacle is not None and self.intents:
+            raise obstacle
+
+    # The barrier
+
+    def close_gate(self) -> None:
+        """From the return of this on, only the preserver's thread changes the volume."""
+        with self.lock:
+            self._gate_open = False
+            self._idle.wait_for(lambda: self._writers == 0)
+
+    def open_gate(self) -> None:
+        with self.lock:
+            self._gate_open = self.failure is None
+
+    def forget_exclusive(self) -> None:
+        """The newest snapshot is another one than before: ask the index again, or nobody where there is none."""
+        with self.lock:
+            self._exclusive = ChunkBits(chunk_count(self.size)) if self.snapshots or self.intents else None
+
+    # Doing it
+
+    def _write_counted(self, op: Op) -> None:
+        failure: BaseException | None = None
+        try:
+            self.apply(op)
+        except Exception as error:
+            failure = error
+        with self.lock:
+            self._writers -= 1
+            if not self._writers:
+                self._idle.notify_all()
+        self.finish(op, failure)
+
+    def apply_intent(self, op: Op) -> None:
+        """Write what an intent holds in place.  The log keeps it until :meth:`sync_in_place`."""
+        if self.failure is not None:
+            raise DeviceError(self.failure)
+        assert op.data is not None
+        self.origin.write(op.data, op.offset)
+
+    def apply(self, op: Op) -> None:
+        """Do a WRITE, TRIM or ZERO in place.  Everything in its range is exclusive, or is not changed by it."""
+        if self.failure is not None:
+            raise DeviceError(self.failure)
+        if op.kind == OpKind.WRITE:
+            assert op.data is not None
+            self.origin.write(op.data, op.offset)
+        elif op.kind == OpKind.ZERO and op.no_hole:
+            self.origin.zero_range(op.offset, op.length)
+        else:
+            self.origin.punch_hole(op.offset, op.length)
+        with self.lock:
+            self._written += 1
+
+    def finish(self, op: Op, failure: BaseException | None) -> None:
+        """Tell ``op``'s owner how it went, after a sync where it asked for one."""
+        if failure is None and op.fua:
+            self.syncs.request(op.done)
+        else:
+            op.done(failure)
+
+    def changed_chunks(self, op: Op) -> Iterator[tuple[int, int]]:
+        """Half-open ranges of the chunks whose content ``op`` may change: for zeroing, those that hold data."""
+        if op.kind == OpKind.WRITE:
+            yield op.offset >> CHUNK_SHIFT, chunk_count(op.offset + op.length)
+            return
+        done = 0
+        for start, end in self.origin.data_extents(op.offset, op.length):
+            first = max(start >> CHUNK_SHIFT, done)
+            done = chunk_count(end)
+            if first < done:
+                yield first, done
+
+    def sync(self) -> None:
+        """Make durable all that was acknowledged before this call: in place, or in the log."""
+        if self._written != self._synced or self.failure is not None:
+            self.sync_in_place()
+        last = self.intents.last_sequence
+        if last > self._preserver.log.synced_sequence:
+            self._preserver.sync_log(last)
+
+    def sync_in_place(self) -> None:
+        """Make durable all that was written in place before this call.
+
+        A failed sync is final: the kernel may have dropped the pages that it could not write, so that a second one
+        would succeed without them.  The volume takes no more writes; reads go on.
+        """
+        with self._sync_lock:
+            if self.failure is not None:
+                raise DeviceError(self.failure)
+            written = self._written
+            try:
+                self.origin.sync()
+            except OSError as error:
+                self.fail(f"a sync of {self.origin.path} failed ({error.strerror}): its latest writes may be lost")
+                raise
+            self._synced = written
+
+    def fail(self, why: str) -> None:
+        log.error("volume %s takes no more writes: %s", self.name, why)
+        with self.lock:
+            self.failure = why
+            self._gate_open = False
+
+    def close(self) -> None:
+        self.origin.close()
+
+
+def data_and_holes(origin: Origin, offset: int, length: int) -> list[tuple[int, int]]:
+    """``(length, flags)`` extents of a range of an origin: see :meth:`nbdsnap.engine.device.Device.extents`."""
+    return _extents(origin.data_extents(offset, length), offset, offset + length)
+
+
+def _extents(data: Iterable[tuple[int, int]], offset: int, end: int) -> list[tuple[int, int]]:
+    """``data``: ascending ranges, which may touch or overlap; what is between them is holes."""
+    found: list[tuple[int, int]] = []
+
+    def add(length: int, flags: int) -> None:
+        if found and found[-1][1] == flags:
+            found[-1] = found[-1][0] + length, flags
+        elif length:
+            found.append((length, flags))
+
+    position = offset
+    for low, high in data:
+        low, high = max(low, position), min(high, end)
+        if low < high:
+            add(low - position, STATE_HOLE | STATE_ZERO)
+            add(high - low, 0)
+            position = high
+    add(end - position, STATE_HOLE | STATE_ZERO)
+    return found
