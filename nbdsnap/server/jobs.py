@@ -1,0 +1,273 @@
+"""Requests that can't be answered on the spot: each becomes a job, which replies when it is done.
+
+============  =============================================  ==========================
+job           for                                            works on
+============  =============================================  ==========================
+(reads.py)    READs that are not in memory, or long          a worker
+Modify        WRITE, FLUSH, TRIM, WRITE_ZEROES               the engine (Device.submit)
+StatusJob     BLOCK_STATUS                                   a worker
+CacheJob      CACHE                                          a worker
+============  =============================================  ==========================
+
+A job counts on its connection from ``begin`` to ``end`` (both on the loop's thread), with the bytes it holds.  ``run``
+is on another thread and never raises; ``finish`` is on the loop's, also when the connection has gone meanwhile: then it
+only gives back what it holds.  Payloads belong to the job, so an engine that is still writing never sees a buffer used
+again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Final
+
+from nbdsnap.engine.device import Device, Op, OpKind
+from nbdsnap.nbd.constants import (
+    NBD_CMD_BLOCK_STATUS,
+    NBD_CMD_CACHE,
+    NBD_CMD_DISC,
+    NBD_CMD_FLAG_FAST_ZERO,
+    NBD_CMD_FLAG_FUA,
+    NBD_CMD_FLAG_NO_HOLE,
+    NBD_CMD_FLAG_REQ_ONE,
+    NBD_CMD_FLUSH,
+    NBD_CMD_READ,
+    NBD_CMD_TRIM,
+    NBD_CMD_WRITE,
+    NBD_CMD_WRITE_ZEROES,
+    NBD_EINVAL,
+    NBD_ENOSPC,
+    NBD_ENOTSUP,
+    NBD_EOVERFLOW,
+    NBD_EPERM,
+)
+from nbdsnap.nbd.replies import Extent, status_extents
+from nbdsnap.nbd.transmission import DROPPED, Request, check_request, status_query
+from nbdsnap.server.context import WRITE_INLINE
+from nbdsnap.server.reads import start_read
+
+if TYPE_CHECKING:
+    from nbdsnap.server.datapath import DataPath
+
+STATUS_WINDOW = 256 << 20
+"""Bytes that the engine is asked about at a time, so that one request does not list a whole fragmented disk."""
+
+STATUS_EXTENTS = 16 << 10
+"""Extents after which a block status ends early, as the protocol allows: its client asks on from there."""
+
+_REFUSALS: Final = {
+    NBD_EPERM: "the export is read-only",
+    NBD_EINVAL: "invalid request",
+    NBD_ENOSPC: "past the end of the export",
+    NBD_EOVERFLOW: "longer than the maximum payload",
+}
+
+
+def start_request(path: DataPath, request: Request, data: memoryview, buffer: memoryview | None = None) -> bytes | None:
+    """Validate a request and begin it; the reply where it is there already, None where a job will give it.
+
+    A WRITE's payload is ``data[request[5]:]``.  Where it has a ``buffer`` of the pool to itself, the caller keeps that
+    if there is a reply, else the job takes it.
+    """
+    command, flags, cookie, offset, length, position = request
+    if command == NBD_CMD_DISC:
+        return None
+    if position == DROPPED:
+        return path.replies.error(cookie, offset, NBD_EINVAL, f"{length} bytes are more than a payload may have")
+    payload = data[position : position + length] if position >= 0 else None
+    contexts: tuple[tuple[int, str], ...] = ()
+    effect = length
+    if command == NBD_CMD_BLOCK_STATUS:
+        query = status_query(flags, length, payload, path.session)
+        if query is None:
+            return path.replies.error(cookie, offset, NBD_EINVAL, "invalid payload")
+        effect, contexts = query
+    size = path.device.size
+    error = check_request(command, flags, offset, effect, size, path.session.export.read_only, path.session)
+    if error:
+        return path.replies.error(cookie, offset, error, _refusal(error, offset, effect, size))
+    if command == NBD_CMD_READ:
+        return start_read(path, request)
+    if command == NBD_CMD_WRITE:
+        assert payload is not None
+        return _start_write(path, request, payload, buffer)
+    if command == NBD_CMD_BLOCK_STATUS:
+        StatusJob(path, request, effect, contexts).start()
+        return None
+    return _START[command](path, request)
+
+
+def _refusal(error: int, offset: int, length: int, size: int) -> str:
+    if error in (NBD_EINVAL, NBD_ENOSPC) and offset + length > size:
+        return f"{length} bytes at {offset} are past the end, {size}"
+    return _REFUSALS[error]
+
+
+def _start_write(path: DataPath, request: Request, payload: memoryview, buffer: memoryview | None) -> bytes | None:
+    _, flags, cookie, offset, length, _ = request
+    if not length:
+        return path.replies.success(cookie, offset)
+    fua = bool(flags & NBD_CMD_FLAG_FUA)
+    if not fua and buffer is not None and length <= WRITE_INLINE and path.device.write_now(offset, payload):
+        return path.replies.success(cookie, offset)
+    job = Modify(path, request, length, buffer)
+    job.start(Op(OpKind.WRITE, offset, length, job, bytes(payload) if buffer is None else payload, fua))
+    return None
+
+
+def _start_flush(path: DataPath, request: Request) -> bytes | None:
+    if path.device.flush_now():
+        return path.replies.success(request[2], request[3])
+    job = Modify(path, request)
+    job.start(Op(OpKind.FLUSH, 0, 0, job))
+    return None
+
+
+def _start_trim(path: DataPath, request: Request) -> bytes | None:
+    _, flags, cookie, offset, length, _ = request
+    if not length:
+        return path.replies.success(cookie, offset)
+    job = Modify(path, request)
+    job.start(Op(OpKind.TRIM, offset, length, job, fua=bool(flags & NBD_CMD_FLAG_FUA)))
+    return None
+
+
+def _start_zero(path: DataPath, request: Request) -> bytes | None:
+    """Punching a hole is fast everywhere; keeping the range allocated need not be, so that is refused at once."""
+    _, flags, cookie, offset, length, _ = request
+    if not length:
+        return path.replies.success(cookie, offset)
+    no_hole = bool(flags & NBD_CMD_FLAG_NO_HOLE)
+    if no_hole and flags & NBD_CMD_FLAG_FAST_ZERO:
+        return path.replies.error(cookie, offset, NBD_ENOTSUP, "zeroing without a hole may be slow")
+    job = Modify(path, request)
+    job.start(Op(OpKind.ZERO, offset, length, job, fua=bool(flags & NBD_CMD_FLAG_FUA), no_hole=no_hole))
+    return None
+
+
+def _start_cache(path: DataPath, request: Request) -> bytes | None:
+    if not request[4]:
+        return path.replies.success(request[2], request[3])
+    CacheJob(path, request).start()
+    return None
+
+
+_START: Final[dict[int, Callable[[DataPath, Request], bytes | None]]] = {
+    NBD_CMD_FLUSH: _start_flush,
+    NBD_CMD_TRIM: _start_trim,
+    NBD_CMD_WRITE_ZEROES: _start_zero,
+    NBD_CMD_CACHE: _start_cache,
+}
+
+
+class Modify:
+    """A modifying operation at the engine.  The object is the operation's ``done``."""
+
+    __slots__ = ("buffer", "held", "path", "request")
+
+    def __init__(self, path: DataPath, request: Request, held: int = 0, buffer: memoryview | None = None) -> None:
+        self.path = path
+        self.request = request
+        self.held = held
+        self.buffer = buffer
+
+    def start(self, op: Op) -> None:
+        self.path.begin(self.held)
+        try:
+            self.path.device.submit(op)
+        except BaseException:
+            self.path.end(self.held)
+            raise
+
+    def __call__(self, error: BaseException | None) -> None:
+        """On the engine's thread: it is done."""
+        self.path.context.completions.post(self.finish, error)
+
+    def finish(self, error: BaseException | None) -> None:
+        path = self.path
+        if self.buffer is not None:
+            path.context.buffers.give(self.buffer)
+        if error is None:
+            path.reply(path.replies.success(self.request[2], self.request[3]))
+        else:
+            path.reply(path.failure(self.request, error))
+        path.end(self.held)
+
+
+class WorkerJob:
+    """What runs on a worker: ``work`` there, then ``finish`` on the loop."""
+
+    __slots__ = ("held", "path", "request")
+
+    def __init__(self, path: DataPath, request: Request, held: int) -> None:
+        self.path = path
+        self.request = request
+        self.held = held
+
+    def start(self) -> None:
+        self.path.begin(self.held)
+        self.path.context.workers.submit(self.run)
+
+    def run(self) -> None:
+        try:
+            reply = self.work()
+        except Exception as error:
+            reply = self.path.failure(self.request, error)
+        self.path.context.completions.post(self.finish, reply)
+
+    def work(self) -> bytes:
+        raise NotImplementedError
+
+    def finish(self, reply: bytes) -> None:
+        self.path.reply(reply)
+        self.path.end(self.held)
+
+
+class CacheJob(WorkerJob):
+    __slots__ = ()
+
+    def __init__(self, path: DataPath, request: Request) -> None:
+        super().__init__(path, request, 0)
+
+    def work(self) -> bytes:
+        _, _, cookie, offset, length, _ = self.request
+        self.path.device.cache(offset, length)
+        return self.path.replies.success(cookie, offset)
+
+
+class StatusJob(WorkerJob):
+    __slots__ = ("contexts", "length")
+
+    def __init__(self, path: DataPath, request: Request, length: int, contexts: tuple[tuple[int, str], ...]) -> None:
+        super().__init__(path, request, 0)
+        self.length = length
+        self.contexts = contexts
+
+    def work(self) -> bytes:
+        """One chunk for each context: all of them are ``base:allocation``, for now."""
+        path = self.path
+        _, flags, cookie, offset, _, _ = self.request
+        if not self.contexts:
+            return path.replies.read_done(cookie, offset)
+        extents = status_extents(
+            extents_of(path.device, offset, self.length),
+            self.length,
+            req_one=bool(flags & NBD_CMD_FLAG_REQ_ONE),
+            extended=path.session.extended,
+        )
+        last = len(self.contexts) - 1
+        return b"".join(
+            path.replies.block_status(cookie, offset, context_id, extents, done=number == last)
+            for number, (context_id, _) in enumerate(self.contexts)
+        )
+
+
+def extents_of(device: Device, offset: int, length: int) -> Iterator[Extent]:
+    """The range's extents, found as they are asked for; they end early where there are very many."""
+    end = offset + length
+    count = 0
+    while offset < end and count < STATUS_EXTENTS:
+        step = min(STATUS_WINDOW, end - offset)
+        extents = device.extents(offset, step)
+        yield from extents
+        count += len(extents)
+        offset += step
