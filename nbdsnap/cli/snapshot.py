@@ -1,0 +1,183 @@
+"""``nbdsnap snapshot``: create, list, delete, hold, release, priority."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import click
+
+from nbdsnap.cli.context import Context, pass_context
+from nbdsnap.cli.names import complete_new_snapshot, complete_snapshots, complete_volumes
+from nbdsnap.cli.options import Group, dry_run_option, json_option
+from nbdsnap.cli.output import Column, format_time, print_json, print_table
+from nbdsnap.models import SnapshotInfo
+from nbdsnap.operations import (
+    SNAPSHOT_CREATE,
+    SNAPSHOT_DELETE,
+    SNAPSHOT_HOLD,
+    SNAPSHOT_LIST,
+    SNAPSHOT_PRIORITY,
+    SNAPSHOT_RELEASE,
+    SnapshotCreate,
+    SnapshotDelete,
+    SnapshotList,
+    SnapshotNames,
+    SnapshotPriority,
+)
+from nbdsnap.sizes import format_size
+
+
+@click.group(cls=Group)
+def snapshot() -> None:
+    """Take, list and delete snapshots.
+
+    \b
+    Example:
+      nbdsnap snapshot create vol@monday
+    """
+
+
+@snapshot.command("create")
+@click.argument("names", metavar="VOLUME@NAME...", nargs=-1, required=True, shell_complete=complete_new_snapshot)
+@json_option
+@pass_context
+def create(context: Context, names: tuple[str, ...], as_json: bool) -> None:
+    """Take snapshots: all of them or none, all at one instant.
+
+    \b
+    Example:
+      nbdsnap snapshot create database@monday logs@monday
+    """
+    taken = context.call(SNAPSHOT_CREATE, SnapshotCreate(names=list(names)))
+    if as_json:
+        print_json(taken, list[SnapshotInfo])
+    else:
+        for one in taken:
+            click.echo(f"{one.volume}@{one.name}")
+
+
+@snapshot.command("list")
+@click.argument("volume", required=False, shell_complete=complete_volumes)
+@json_option
+@pass_context
+def list_(context: Context, volume: str | None, as_json: bool) -> None:
+    """List the snapshots of VOLUME, or of all volumes, oldest first.
+
+    EXCLUSIVE is what deleting the snapshot gives back; SHARED is what other snapshots need, too.
+
+    \b
+    Example:
+      nbdsnap snapshot list vol
+    """
+    snapshots = context.call(SNAPSHOT_LIST, SnapshotList(volume=volume))
+    if as_json:
+        print_json(snapshots, list[SnapshotInfo])
+    else:
+        print_snapshots(snapshots)
+
+
+def print_snapshots(snapshots: Sequence[SnapshotInfo]) -> None:
+    columns = [
+        Column("NAME"),
+        Column("CREATED"),
+        Column("SIZE", right=True),
+        Column("EXCLUSIVE", right=True),
+        Column("SHARED", right=True),
+        Column("PRIORITY", right=True),
+        Column("CLIENTS", right=True),
+    ]
+    broken = any(one.problem for one in snapshots)
+    if broken:
+        columns.append(Column("PROBLEM"))
+    rows = []
+    for one in snapshots:
+        row = [
+            f"{one.volume}@{one.name}",
+            format_time(one.created),
+            format_size(one.size),
+            format_size(one.exclusive_bytes),
+            format_size(one.shared_bytes),
+            f"{one.priority}, held" if one.held else str(one.priority),
+            str(one.connections),
+        ]
+        rows.append([*row, one.problem or ""] if broken else row)
+    print_table(columns, rows)
+
+
+@snapshot.command("delete")
+@click.argument("names", metavar="VOLUME@NAME...", nargs=-1, required=True, shell_complete=complete_snapshots)
+@dry_run_option
+@json_option
+@pass_context
+def delete(context: Context, names: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
+    """Delete snapshots: all of them or none. One that is held, or has open connections, stays.
+
+    \b
+    Example:
+      nbdsnap snapshot delete vol@monday vol@tuesday --dry-run
+    """
+    deleted = context.call(SNAPSHOT_DELETE, SnapshotDelete(names=list(names), dry_run=dry_run))
+    if as_json:
+        print_json(deleted)
+        return
+    for name in deleted.names:
+        click.echo(f"{'would delete' if dry_run else 'deleted'} {name}")
+    click.echo(f"{'would free' if dry_run else 'freed'} {format_size(deleted.freed_bytes)}")
+
+
+@snapshot.command("hold")
+@click.argument("names", metavar="VOLUME@NAME...", nargs=-1, required=True, shell_complete=complete_snapshots)
+@json_option
+@pass_context
+def hold(context: Context, names: tuple[str, ...], as_json: bool) -> None:
+    """Keep snapshots from being deleted, and from being dropped when the store is full.
+
+    \b
+    Example:
+      nbdsnap snapshot hold vol@monday
+    """
+    held = context.call(SNAPSHOT_HOLD, SnapshotNames(names=list(names)))
+    if as_json:
+        print_json(held, list[SnapshotInfo])
+    else:
+        click.echo("".join(f"held {one.volume}@{one.name}\n" for one in held), nl=False)
+
+
+@snapshot.command("release")
+@click.argument("names", metavar="VOLUME@NAME...", nargs=-1, required=True, shell_complete=complete_snapshots)
+@json_option
+@pass_context
+def release(context: Context, names: tuple[str, ...], as_json: bool) -> None:
+    """End the hold of snapshots: they can be deleted again.
+
+    \b
+    Example:
+      nbdsnap snapshot release vol@monday
+    """
+    released = context.call(SNAPSHOT_RELEASE, SnapshotNames(names=list(names)))
+    if as_json:
+        print_json(released, list[SnapshotInfo])
+    else:
+        click.echo("".join(f"released {one.volume}@{one.name}\n" for one in released), nl=False)
+
+
+@snapshot.command("priority", context_settings={"ignore_unknown_options": True})  # so that -5 is a number
+@click.argument("name", metavar="VOLUME@NAME", shell_complete=complete_snapshots)
+@click.argument("priority", metavar="N", type=click.IntRange(-128, 127))
+@json_option
+@pass_context
+def priority(context: Context, name: str, priority: int, as_json: bool) -> None:
+    """Say how much a snapshot matters: from -128 to 127, at first 0.
+
+    Where the configuration says on_full = "drop-snapshots", a full store drops the snapshots of the lowest priority
+    first, the oldest of them before the others; those of priority 127 never.
+
+    \b
+    Example:
+      nbdsnap snapshot priority vol@monday -10
+    """
+    changed = context.call(SNAPSHOT_PRIORITY, SnapshotPriority(name=name, priority=priority))
+    if as_json:
+        print_json(changed)
+    else:
+        click.echo(f"{changed.volume}@{changed.name}: priority {changed.priority}")

@@ -1,0 +1,182 @@
+"""``nbdsnap volume``: create, list, show, delete."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from nbdsnap.cli.context import Context, pass_context
+from nbdsnap.cli.names import complete_volumes
+from nbdsnap.cli.options import Group, dry_run_option, json_option, parse_size_option
+from nbdsnap.cli.output import Column, format_time, plural, print_fields, print_json, print_table
+from nbdsnap.cli.snapshot import print_snapshots
+from nbdsnap.models import VolumeInfo, VolumeStatus
+from nbdsnap.operations import (
+    VOLUME_ACCEPT,
+    VOLUME_CREATE,
+    VOLUME_DELETE,
+    VOLUME_LIST,
+    VOLUME_SHOW,
+    Nothing,
+    VolumeAccept,
+    VolumeCreate,
+    VolumeDelete,
+    VolumeShow,
+)
+from nbdsnap.sizes import format_size
+
+
+@click.group(cls=Group)
+def volume() -> None:
+    """Add, list and remove volumes.
+
+    \b
+    Example:
+      nbdsnap volume create vol --origin /srv/images/vol.img --size 10GiB
+    """
+
+
+@volume.command("create")
+@click.argument("name")
+@click.option(
+    "--origin",
+    metavar="PATH",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The raw file or block device that holds the live data. It stays yours, and stays a raw image.",
+)
+@click.option(
+    "--size",
+    metavar="SIZE",
+    callback=parse_size_option,
+    help="Like 10GiB. With it, a missing file is created, sparse; without, the size is what is found.",
+)
+@json_option
+@pass_context
+def create(context: Context, name: str, origin: Path, size: int | None, as_json: bool) -> None:
+    """Add the volume NAME over a raw file or block device, which is adopted as it is.
+
+    \b
+    Example:
+      nbdsnap volume create vol --origin /srv/images/vol.img --size 10GiB
+    """
+    created = context.call(VOLUME_CREATE, VolumeCreate(name=name, origin=origin.absolute(), size=size))
+    if as_json:
+        print_json(created)
+    else:
+        click.echo(f"{created.name}: {format_size(created.size)} on {created.origin}")
+
+
+@volume.command("list")
+@json_option
+@pass_context
+def list_(context: Context, as_json: bool) -> None:
+    """List the volumes.
+
+    \b
+    Example:
+      nbdsnap volume list --json
+    """
+    volumes = context.call(VOLUME_LIST, Nothing())
+    if as_json:
+        print_json(volumes, list[VolumeInfo])
+    else:
+        print_volumes(volumes)
+
+
+def print_volumes(volumes: list[VolumeInfo]) -> None:
+    columns = [
+        Column("NAME"),
+        Column("KIND"),
+        Column("SIZE", right=True),
+        Column("SNAPSHOTS", right=True),
+        Column("CLIENTS", right=True),
+        Column("ORIGIN"),
+    ]
+    broken = any(one.error for one in volumes)
+    if broken:
+        columns.append(Column("PROBLEM"))
+    rows = []
+    for one in volumes:
+        row = [one.name, one.kind, format_size(one.size), str(one.snapshots), str(one.connections), one.origin or ""]
+        rows.append([*row, one.error or ""] if broken else row)
+    print_table(columns, rows)
+
+
+@volume.command("show")
+@click.argument("name", shell_complete=complete_volumes)
+@json_option
+@pass_context
+def show(context: Context, name: str, as_json: bool) -> None:
+    """Show the volume NAME and its snapshots.
+
+    \b
+    Example:
+      nbdsnap volume show vol
+    """
+    shown = context.call(VOLUME_SHOW, VolumeShow(name=name))
+    if as_json:
+        print_json(shown)
+        return
+    print_fields(_fields(shown))
+    if shown.snapshots:
+        click.echo()
+        print_snapshots(shown.snapshots)
+
+
+def _fields(shown: VolumeStatus) -> list[tuple[str, str]]:
+    fields = [
+        ("name", shown.name),
+        ("kind", shown.kind),
+        ("size", f"{format_size(shown.size)} ({shown.size} bytes)"),
+        ("origin", shown.origin or ""),
+        ("created", format_time(shown.created)),
+        ("clients", str(shown.connections)),
+        ("snapshots", str(len(shown.snapshots))),
+    ]
+    return [*fields, ("problem", shown.error)] if shown.error else fields
+
+
+@volume.command("accept")
+@click.argument("name", shell_complete=complete_volumes)
+@json_option
+@pass_context
+def accept(context: Context, name: str, as_json: bool) -> None:
+    """Serve the volume NAME although another program has changed its origin.
+
+    A snapshot reads from the origin what was never overwritten through nbdsnap. So the snapshots may have changed with
+    it, and are marked for good. Delete those that you do not trust.
+
+    \b
+    Example:
+      nbdsnap volume accept vol
+    """
+    accepted = context.call(VOLUME_ACCEPT, VolumeAccept(name=name))
+    if as_json:
+        print_json(accepted)
+        return
+    marked = [one for one in accepted.snapshots if one.problem]
+    click.echo(f"{name}: accepted; {plural(len(marked), 'snapshot')} may have changed")
+
+
+@volume.command("delete")
+@click.argument("name", shell_complete=complete_volumes)
+@click.option("--snapshots", is_flag=True, help="Delete its snapshots, too; without this they keep the volume.")
+@dry_run_option
+@json_option
+@pass_context
+def delete(context: Context, name: str, snapshots: bool, dry_run: bool, as_json: bool) -> None:
+    """Make the pool forget the volume NAME. Its raw file or device stays, with its current content.
+
+    \b
+    Example:
+      nbdsnap volume delete vol --snapshots --dry-run
+    """
+    request = VolumeDelete(name=name, snapshots=snapshots, dry_run=dry_run)
+    deleted = context.call(VOLUME_DELETE, request)
+    if as_json:
+        print_json(deleted)
+        return
+    what = f"{deleted.name} and {plural(len(deleted.snapshots), 'snapshot')}" if deleted.snapshots else deleted.name
+    click.echo(f"{'would delete' if dry_run else 'deleted'} {what}; {deleted.origin} stays")

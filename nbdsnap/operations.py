@@ -1,0 +1,348 @@
+"""The management operations, as one table: what the control API offers and what the command line calls.
+
+An operation is a name, a request model, a response type and a function on the pool.  It may also report *events*
+while it runs (a diff its extents, a check its progress), so that no answer has to fit into memory.  It runs the same
+way in both places:
+
+* in a server, on a worker thread, with the events written to the client's connection (nbdsnap.server.control);
+* without a server, in the command itself, on the pool that it opened (nbdsnap.client).
+
+``emit`` may block (a slow reader holds the operation up, not the memory), and it raises when nobody waits for the
+answer any more: then the operation ends there.  An operation that takes long emits, or can't be interrupted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, create_model
+
+from nbdsnap.errors import NbdsnapError, from_wire
+from nbdsnap.models import (
+    CheckReport,
+    Extent,
+    PoolStatus,
+    SnapshotDeletion,
+    SnapshotInfo,
+    VolumeInfo,
+    VolumeStatus,
+)
+
+if TYPE_CHECKING:  # a client of the API needs the table, not the engine
+    from nbdsnap.engine.pool import Pool
+
+EXTENTS_PER_EVENT = 1024
+"""Some 50 KiB of JSON: large enough that the event costs nothing beside its content, small enough to be no memory."""
+
+MAX_NAMES = 100_000
+"""Snapshots named in one request; the 16 MiB that the control API accepts hold little more."""
+
+EVENTS_AHEAD = 4
+"""Events that an operation may be ahead of whoever takes them: enough to keep both busy."""
+
+PROGRESS_INTERVAL_S = 0.1
+"""Between two reports of progress: smooth to the eye, and nothing beside the work."""
+
+Emit = Callable[[Any], None]
+
+
+class AbandonedError(Exception):
+    """Raised by ``emit``: nobody waits for the answer any more."""
+
+
+# Requests
+
+
+class Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+def _check_absolute(path: Path) -> Path:
+    if not path.is_absolute():  # the server's working directory means nothing to its client
+        raise ValueError("the path has to be absolute")
+    return path
+
+
+AbsolutePath = Annotated[Path, AfterValidator(_check_absolute)]
+Names = Annotated[list[str], Field(min_length=1, max_length=MAX_NAMES)]
+
+
+class Nothing(Request):
+    """No arguments."""
+
+
+class VolumeCreate(Request):
+    name: str
+    origin: AbsolutePath
+    size: int | None = Field(default=None, gt=0)
+
+
+class VolumeShow(Request):
+    name: str
+
+
+class VolumeAccept(Request):
+    name: str
+
+
+class VolumeDelete(Request):
+    name: str
+    snapshots: bool = False
+    dry_run: bool = False
+
+
+class SnapshotCreate(Request):
+    names: Names
+
+
+class SnapshotList(Request):
+    volume: str | None = None
+
+
+class SnapshotDelete(Request):
+    names: Names
+    dry_run: bool = False
+
+
+class SnapshotNames(Request):
+    names: Names
+
+
+class SnapshotPriority(Request):
+    name: str
+    priority: int
+
+
+class DiffRange(Request):
+    """``to`` is None for the live volume."""
+
+    from_: str = Field(alias="from")
+    to: str | None = None
+
+
+class CheckScope(Request):
+    data: bool = False
+
+
+# Events, and responses that only operations with events have
+
+
+class Progress(BaseModel):
+    done: int
+    total: int
+
+
+class DiffExtents(BaseModel):
+    """The next ranges, in ascending order."""
+
+    extents: list[Extent]
+
+
+class DiffTotal(BaseModel):
+    """What remains to be said when all extents have been sent."""
+
+    from_: str = Field(alias="from", serialization_alias="from")
+    to: str | None
+    bytes: int
+
+    model_config = ConfigDict(populate_by_name=True)
+
+
+class ErrorReport(BaseModel):
+    """:meth:`nbdsnap.errors.NbdsnapError.to_wire`, as a model."""
+
+    kind: str
+    message: str
+    hint: str = ""
+
+    def error(self) -> NbdsnapError:
+        return from_wire(self.kind, self.message, self.hint)
+
+
+# The table
+
+Req = TypeVar("Req", bound=Request)
+Res = TypeVar("Res")
+
+
+@dataclass(frozen=True)
+class Operation(Generic[Req, Res]):
+    """One row.  ``event``: the model of its events; None where it has none and answers at once."""
+
+    name: str
+    summary: str
+    request: type[Req]
+    response: Any
+    run: Callable[[Pool, Req, Emit], Res]
+    event: type[BaseModel] | None = None
+
+    @cached_property
+    def response_adapter(self) -> TypeAdapter[Res]:
+        return TypeAdapter(self.response)
+
+    @cached_property
+    def line_model(self) -> type[BaseModel]:
+        """One line of the answer of an operation with events: exactly one of its fields is there."""
+        assert self.event is not None, self.name
+        fields: dict[str, Any] = {
+            "event": (self.event | None, None),
+            "result": (self.response | None, None),
+            "error": (ErrorReport | None, None),
+        }
+        return create_model(f"{self.name}.line", **fields)
+
+
+def _diff(pool: Pool, request: DiffRange, emit: Emit) -> DiffTotal:
+    total = 0
+    extents = pool.diff(request.from_, request.to)
+    for batch in _batches(extents):
+        total += sum(extent.length for extent in batch)
+        emit(DiffExtents.model_construct(extents=batch))
+    return DiffTotal.model_validate({"from": request.from_, "to": request.to, "bytes": total})
+
+
+def _batches(extents: Iterator[Extent]) -> Iterator[list[Extent]]:
+    while batch := list(islice(extents, EXTENTS_PER_EVENT)):
+        yield batch
+
+
+def _check(pool: Pool, request: CheckScope, emit: Emit) -> CheckReport:
+    due = 0.0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal due
+        now = time.monotonic()
+        if now >= due or done == total:
+            due = now + PROGRESS_INTERVAL_S
+            emit(Progress.model_construct(done=done, total=total))
+
+    return pool.check(data=request.data, progress=progress)
+
+
+VOLUME_CREATE: Operation[VolumeCreate, VolumeInfo] = Operation(
+    "volume.create",
+    "Add a volume whose live data is the raw file or block device `origin`.",
+    VolumeCreate,
+    VolumeInfo,
+    lambda pool, request, _: pool.volume_create(request.name, request.origin, request.size),
+)
+VOLUME_LIST: Operation[Nothing, list[VolumeInfo]] = Operation(
+    "volume.list",
+    "All volumes.",
+    Nothing,
+    list[VolumeInfo],
+    lambda pool, _request, _: pool.volume_list(),
+)
+VOLUME_SHOW: Operation[VolumeShow, VolumeStatus] = Operation(
+    "volume.show",
+    "One volume with its snapshots.",
+    VolumeShow,
+    VolumeStatus,
+    lambda pool, request, _: pool.volume_show(request.name),
+)
+VOLUME_ACCEPT: Operation[VolumeAccept, VolumeStatus] = Operation(
+    "volume.accept",
+    "Serve a volume although its origin was changed while no server ran; its snapshots are marked.",
+    VolumeAccept,
+    VolumeStatus,
+    lambda pool, request, _: pool.volume_accept(request.name),
+)
+VOLUME_DELETE: Operation[VolumeDelete, VolumeStatus] = Operation(
+    "volume.delete",
+    "Forget a volume, with its snapshots only where `snapshots` is true; its raw file stays. "
+    "With `dry_run`, only say what would go.",
+    VolumeDelete,
+    VolumeStatus,
+    lambda pool, request, _: pool.volume_delete(request.name, snapshots=request.snapshots, dry_run=request.dry_run),
+)
+SNAPSHOT_CREATE: Operation[SnapshotCreate, list[SnapshotInfo]] = Operation(
+    "snapshot.create",
+    "Take snapshots: all or none, all at one instant.",
+    SnapshotCreate,
+    list[SnapshotInfo],
+    lambda pool, request, _: pool.snapshot_create(request.names),
+)
+SNAPSHOT_LIST: Operation[SnapshotList, list[SnapshotInfo]] = Operation(
+    "snapshot.list",
+    "The snapshots of one volume, or of all, oldest first.",
+    SnapshotList,
+    list[SnapshotInfo],
+    lambda pool, request, _: pool.snapshot_list(request.volume),
+)
+SNAPSHOT_DELETE: Operation[SnapshotDelete, SnapshotDeletion] = Operation(
+    "snapshot.delete",
+    "Delete snapshots: all or none. With `dry_run`, only say what that would free.",
+    SnapshotDelete,
+    SnapshotDeletion,
+    lambda pool, request, _: pool.snapshot_delete(request.names, dry_run=request.dry_run),
+)
+SNAPSHOT_HOLD: Operation[SnapshotNames, list[SnapshotInfo]] = Operation(
+    "snapshot.hold",
+    "Keep snapshots from being deleted, or dropped for want of space: all or none.",
+    SnapshotNames,
+    list[SnapshotInfo],
+    lambda pool, request, _: pool.snapshot_hold(request.names),
+)
+SNAPSHOT_RELEASE: Operation[SnapshotNames, list[SnapshotInfo]] = Operation(
+    "snapshot.release",
+    "End the hold of snapshots: all or none.",
+    SnapshotNames,
+    list[SnapshotInfo],
+    lambda pool, request, _: pool.snapshot_hold(request.names, held=False),
+)
+SNAPSHOT_PRIORITY: Operation[SnapshotPriority, SnapshotInfo] = Operation(
+    "snapshot.priority",
+    "Set how much a snapshot matters when a full store has to drop some: -128 (drop first) to 127 (never).",
+    SnapshotPriority,
+    SnapshotInfo,
+    lambda pool, request, _: pool.snapshot_priority(request.name, request.priority),
+)
+DIFF: Operation[DiffRange, DiffTotal] = Operation(
+    "diff",
+    "The ranges that changed from the snapshot `from` to the snapshot `to`, or to the live volume.",
+    DiffRange,
+    DiffTotal,
+    _diff,
+    DiffExtents,
+)
+STATUS: Operation[Nothing, PoolStatus] = Operation(
+    "status",
+    "Volumes, space and sharing.",
+    Nothing,
+    PoolStatus,
+    lambda pool, _request, _: pool.status(),
+)
+CHECK: Operation[CheckScope, CheckReport] = Operation(
+    "check",
+    "Verify the pool's invariants; with `data`, every checksum too.",
+    CheckScope,
+    CheckReport,
+    _check,
+    Progress,
+)
+
+OPERATIONS: dict[str, Operation[Any, Any]] = {
+    operation.name: operation
+    for operation in (
+        VOLUME_CREATE,
+        VOLUME_LIST,
+        VOLUME_SHOW,
+        VOLUME_ACCEPT,
+        VOLUME_DELETE,
+        SNAPSHOT_CREATE,
+        SNAPSHOT_LIST,
+        SNAPSHOT_DELETE,
+        SNAPSHOT_HOLD,
+        SNAPSHOT_RELEASE,
+        SNAPSHOT_PRIORITY,
+        DIFF,
+        STATUS,
+        CHECK,
+    )
+}
