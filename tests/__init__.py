@@ -1,0 +1,1 @@
+"""The tests: a package, so that all of them share :mod:`tests.support`."""

@@ -1,0 +1,1 @@
+"""Pools as earlier versions wrote them."""

@@ -1,0 +1,1 @@
+"""Real clients, as users have them, against a real server."""

@@ -1,0 +1,1 @@
+"""The real Linux kernel as an NBD client, in an emulated machine."""

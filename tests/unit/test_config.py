@@ -1,0 +1,217 @@
+"""The configuration file: what is accepted, and what each mistake is called."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from nbdsnap.config import Config, PoolConfig, ServerConfig, TcpAddress, UnixAddress, VolumeConfig, load_config
+from nbdsnap.errors import ConfigError
+
+EXAMPLE = Path(__file__).parents[2] / "conf" / "nbdsnap.toml"
+
+
+def load(folder: Path, text: str) -> Config:
+    file = folder / "nbdsnap.toml"
+    file.write_text(text)
+    return load_config(file)
+
+
+def test_empty_file_has_defaults(tmp_path: Path) -> None:
+    config = load(tmp_path, "")
+    assert config.server.listen == [TcpAddress("127.0.0.1", 10809)]
+    assert config.server.control == Path("/run/nbdsnap/control.sock")
+    assert config.pool.path == Path("/var/lib/nbdsnap")
+    assert config.pool.store_limit is None
+    assert config.volumes == []
+
+
+def test_all_keys(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        """
+        [server]
+        listen = ["tcp://[::1]:1", "tcp://localhost", "unix:///run/nbd.sock"]
+        control = "/run/c.sock"
+        [pool]
+        path = "/pool"
+        store_limit = "1K"
+        [[volume]]
+        name = "a"
+        origin = "/dev/a"
+        [[volume]]
+        name = "b"
+        origin = "/b"
+        size = 4096
+        """,
+    )
+    assert config.server.listen == [
+        TcpAddress("::1", 1),
+        TcpAddress("localhost", 10809),
+        UnixAddress(Path("/run/nbd.sock")),
+    ]
+    assert [str(address) for address in config.server.listen] == [
+        "tcp://[::1]:1",
+        "tcp://localhost:10809",
+        "unix:///run/nbd.sock",
+    ]
+    assert config.pool.store_limit == 1024
+    assert [(one.name, one.origin, one.size) for one in config.volumes] == [
+        ("a", Path("/dev/a"), None),
+        ("b", Path("/b"), 4096),
+    ]
+
+
+def test_relative_paths_are_relative_to_the_files_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "etc").mkdir()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "etc" / "c.toml").write_text(
+        '[server]\nlisten = ["unix://n.sock"]\ncontrol = "../c.sock"\n[pool]\npath = "p"\n'
+        '[[volume]]\nname = "v"\norigin = "sub/v.img"\n'
+    )
+    config = load_config(Path("etc/c.toml"))
+    assert config.file == tmp_path / "etc" / "c.toml"
+    assert config.server.listen == [UnixAddress(tmp_path / "etc" / "n.sock")]
+    assert config.server.control == tmp_path / "c.sock"
+    assert config.pool.path == tmp_path / "etc" / "p"
+    assert config.volumes[0].origin == tmp_path / "etc" / "sub" / "v.img"
+
+
+VOLUME = '[[volume]]\nname = "v"\norigin = "v.img"\n'
+
+MISTAKES = {
+    "unknown section": ("[sever]\nlisten = []", "sever: unknown key; allowed here: server, pool, volume"),
+    "unknown key": ("[server]\nport = 1", "[server] port: unknown key; allowed here: listen, control"),
+    "unknown key beside a missing one": (
+        '[[volume]]\nname = "v"\norgin = "x"',
+        "[[volume]] 1 (v): orgin: unknown key; allowed here: name, origin, size",
+    ),
+    "a key that is ours": ("file = 1", "unknown key 'file'; allowed here: server, pool, volume"),
+    "section of a wrong type": ("server = 5", "[server]: 5 does not fit; allowed: a table"),
+    "listen is no list": ('[server]\nlisten = "tcp://a"', "[server] listen: 'tcp://a' does not fit; allowed: a list"),
+    "listen is empty": ("[server]\nlisten = []", "[server] listen: [] does not fit; allowed: a list of one or more"),
+    "listen holds a number": ("[server]\nlisten = [5]", "[server] listen[0]: 5 is not a string; allowed: "),
+    "no scheme": ('[server]\nlisten = ["a:1"]', "[server] listen[0]: 'a:1' is no address; allowed: "),
+    "unknown scheme": ('[server]\nlisten = ["udp://a:1"]', "listen[0]: 'udp://a:1' is no address"),
+    "no host": ('[server]\nlisten = ["tcp://:1"]', "listen[0]: 'tcp://:1' is no address"),
+    "a path after the port": ('[server]\nlisten = ["tcp://a:1/b"]', "listen[0]: 'tcp://a:1/b' is no address"),
+    "port out of range": ('[server]\nlisten = ["tcp://a:65536"]', "listen[0]: 'tcp://a:65536' is no address: Port"),
+    "no path": ('[server]\nlisten = ["unix://"]', "listen[0]: '' is no path"),
+    "listens twice": ('[server]\nlisten = ["unix://a", "unix://b/../a"]', "listen[1]: unix:///"),
+    "control is a listener": ('[server]\nlisten = ["unix://a"]\ncontrol = "a"', "is the control socket too"),
+    "control is a number": ("[server]\ncontrol = 5", "[server] control: 5 is not a string; allowed: the path"),
+    "control is too long": (f'[server]\ncontrol = "/{"x" * 107}"', "longer than a socket's path may be, 107 bytes"),
+    "pool path is a list": ('[pool]\npath = ["p"]', "[pool] path: ['p'] is not a string; allowed: the path"),
+    "limit is no size": ('[pool]\nstore_limit = "10Q"', "[pool] store_limit: '10Q' is no size"),
+    "limit is zero": ("[pool]\nstore_limit = 0", "[pool] store_limit: a size is at least 1 byte; allowed: bytes"),
+    "limit is a boolean": ("[pool]\nstore_limit = true", "[pool] store_limit: a size is a number of bytes"),
+    "volume is one table": ('[volume]\nname = "v"', "volume: {'name': 'v'} does not fit; allowed: an array of tables"),
+    "volume is a number": ("volume = [5]", "[[volume]] 1: 5 does not fit; allowed: an array of tables"),
+    "no origin": ('[[volume]]\nname = "v"', "[[volume]] 1 (v): origin: missing; it is the path of a raw file"),
+    "no name": (VOLUME + '[[volume]]\norigin = "x"', "[[volume]] 2: name: missing; it is a letter or digit"),
+    "name out of the alphabet": (
+        '[[volume]]\nname = "a/b"\norigin = "x"',
+        "[[volume]] 1 (a/b): name: 'a/b' is no name",
+    ),
+    "name is a number": ('[[volume]]\nname = 5\norigin = "x"', "[[volume]] 1: name: 5 is not a string"),
+    "negative size": (VOLUME + "size = -1", "[[volume]] 1 (v): size: size -1 is out of range"),
+    "size is a float": (VOLUME + "size = 1.5", "[[volume]] 1 (v): size: 1.5 is no size"),
+    "one name twice": (
+        VOLUME + '[[volume]]\nname = "v"\norigin = "w.img"',
+        "[[volume]] 2 (v): name: [[volume]] 1 has it too; allowed: distinct names",
+    ),
+    "one path twice": (
+        VOLUME + '[[volume]]\nname = "w"\norigin = "x/../v.img"',
+        "v.img is the origin of [[volume]] 1 too; allowed: a file or device of its own for each volume",
+    ),
+    "not TOML": ("[server", "not TOML: "),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_is_named_with_its_file_and_key(tmp_path: Path, mistake: str) -> None:
+    text, complaint = MISTAKES[mistake]
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path}/nbdsnap.toml: ")
+    assert complaint in message
+    assert "\n" not in message
+    assert caught.value.exit_code == 3
+    assert [one.name for one in tmp_path.iterdir()] == ["nbdsnap.toml"]
+
+
+@pytest.mark.parametrize("link", ["hard", "symbolic"])
+def test_two_volumes_on_one_file_by_a_link(tmp_path: Path, link: str) -> None:
+    (tmp_path / "v.img").touch()
+    if link == "hard":
+        (tmp_path / "w.img").hardlink_to(tmp_path / "v.img")
+    else:
+        (tmp_path / "w.img").symlink_to("v.img")
+    with pytest.raises(ConfigError, match=r"\[\[volume\]\] 2 \(w\): origin: .*w.img is the origin of \[\[volume\]\] 1"):
+        load(tmp_path, VOLUME + '[[volume]]\nname = "w"\norigin = "w.img"')
+
+
+def test_distinct_volumes_are_no_mistake(tmp_path: Path) -> None:
+    (tmp_path / "v.img").touch()
+    (tmp_path / "w.img").touch()
+    config = load(tmp_path, VOLUME + '[[volume]]\nname = "w"\norigin = "w.img"\n[[volume]]\nname = "x"\norigin = "x"')
+    assert [one.name for one in config.volumes] == ["v", "w", "x"]
+
+
+def test_port_0_may_stand_twice(tmp_path: Path) -> None:
+    assert len(load(tmp_path, '[server]\nlisten = ["tcp://a:0", "tcp://a:0"]').server.listen) == 2
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no\.toml: cannot read the configuration: No such file") as caught:
+        load_config(tmp_path / "no.toml")
+    assert "--config" in caught.value.advice
+
+
+def test_directory(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a directory"):
+        load_config(tmp_path)
+
+
+def test_binary_file(tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(b"\xff\xfe\0")
+    with pytest.raises(ConfigError, match="not TOML"):
+        load_config(tmp_path / "image")
+
+
+def test_endless_file() -> None:
+    with pytest.raises(ConfigError, match="longer than"):
+        load_config(Path("/dev/zero"))
+
+
+# The example in conf/
+
+
+def test_example_loads() -> None:
+    config = load_config(EXAMPLE)
+    assert config.pool.path == Path("/var/lib/nbdsnap")
+    assert config.volumes[0].size == 10 << 30
+
+
+def leaf_keys(model: type[BaseModel]) -> Iterator[str]:
+    return (field.alias or name for name, field in model.model_fields.items() if not field.exclude)
+
+
+def test_example_mentions_every_key() -> None:
+    example = tomllib.loads(EXAMPLE.read_text())
+    assert set(example) == set(leaf_keys(Config))
+    assert set(example["server"]) == set(leaf_keys(ServerConfig))
+    assert set(example["pool"]) == set(leaf_keys(PoolConfig))
+    assert set(example["volume"][0]) == set(leaf_keys(VolumeConfig))
+
+
+def test_example_comments_every_key() -> None:
+    lines = EXAMPLE.read_text().splitlines()
+    for number, line in enumerate(lines):
+        if line and not line.startswith(("#", "[")):
+            assert lines[number - 1].startswith("# "), f"{line!r} has no comment"
