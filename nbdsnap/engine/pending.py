@@ -121,6 +121,16 @@ def lay_over(buffer: memoryview, offset: int, patches: list[Patch]) -> None:
             buffer[low - offset : high - offset] = data[low - start : high - start]
 
 
+def uncovered(offset: int, end: int, patches: list[Patch]) -> Iterator[tuple[int, int]]:
+    """The parts of [offset, end) that none of ``patches`` touches, ascending."""
+    for start, stop in sorted((start, start + len(data)) for _, start, data in patches):
+        if start > offset:
+            yield offset, min(start, end)
+        offset = max(offset, stop)
+    if offset < end:
+        yield offset, end
+
+
 def _nobody(_: BaseException | None) -> None:
     """Whom an intent answers to: its owner was answered when it was logged."""
 

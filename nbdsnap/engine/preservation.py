@@ -7,6 +7,8 @@ of it on the preserver's thread.
 What can't be preserved must not be overwritten.  Which chunks these are, and why, is the answer of
 :meth:`Preservation.make_way`; all other operations go on.  Where space is short, what was acknowledged comes first:
 space was promised to it.
+
+Old content that its disk can't read any more is preserved as just that (:mod:`nbdsnap.engine.unreadable`).
 """
 
 from __future__ import annotations
@@ -18,12 +20,13 @@ import xxhash
 from nbdsnap.engine.device import Op
 from nbdsnap.engine.pending import IntentOp, chunks_touched
 from nbdsnap.engine.space import Space, is_full
+from nbdsnap.engine.unreadable import is_unreadable, mark_snapshots, put_marks, read_again
 from nbdsnap.engine.volume import Volume
 from nbdsnap.errors import DeviceError, NbdsnapError
 from nbdsnap.store.chunkstore import ChunkStore, Run
 from nbdsnap.store.fileio import Buffer
 from nbdsnap.store.index import Index, IndexWriter, Record, checksum_seed
-from nbdsnap.store.layout import BLOCK_SHIFT, CHUNK, CHUNK_SHIFT, ZERO_SLOT
+from nbdsnap.store.layout import BLOCK_SHIFT, CHUNK, CHUNK_SHIFT, LOST_SLOT, ZERO_SLOT
 
 Item = tuple[Volume, Op]
 
@@ -160,15 +163,16 @@ class Preservation:
         """Make the present content of ``needed`` the newest snapshot's own.  ``needed``: (chunk, previous epoch),
         ascending."""
         chunks = [chunk for chunk, _ in needed]
-        self._read_old(volume, chunks)
-        records, stored = self._make_records(volume, chunks)
+        lost = self._read_old(volume, chunks)
+        records, stored = self._make_records(volume, chunks, lost)
+        losses = [needed[position] for position in sorted(lost)]
         runs = self._store.reserve(len(stored))
         try:
             _assign(records, runs)
             self._store.write(runs, _gather(self._old, stored))
             if runs:
                 self._store.sync()
-            self._index.update(lambda txn: self._commit(txn, volume, needed, records))
+            self._index.update(lambda txn: self._commit(txn, volume, needed, records, losses))
         except DeviceError:
             raise  # whether the commit is on disk is not known: its slots stay out of use until the next start
         except BaseException:
@@ -176,28 +180,49 @@ class Preservation:
             raise
         volume.generation += 1
         volume.mark_exclusive(chunks)
+        if losses:
+            mark_snapshots(volume, losses)
 
-    def _commit(self, txn: IndexWriter, volume: Volume, needed: list[tuple[int, int]], records: list[Record]) -> None:
+    def _commit(
+        self,
+        txn: IndexWriter,
+        volume: Volume,
+        needed: list[tuple[int, int]],
+        records: list[Record],
+        losses: list[tuple[int, int]],
+    ) -> None:
         usage: dict[tuple[int, int], int] = {}
         for (_, previous), record in zip(needed, records, strict=True):
-            if record.slot != ZERO_SLOT:
+            if record.has_slot:
                 interval = previous, record.epoch
                 usage[interval] = usage.get(interval, 0) + 1
         txn.preserve(volume.record.number, records)
-        txn.change_slots(used=[record.slot for record in records if record.slot != ZERO_SLOT])
+        txn.change_slots(used=[record.slot for record in records if record.has_slot])
         txn.add_usage(volume.record.number, usage)
+        put_marks(txn, volume, losses)
 
-    def _read_old(self, volume: Volume, chunks: list[int]) -> None:
-        """The chunks' content into ``_old``, one after the other; what lies past the origin's end is zeroes."""
+    def _read_old(self, volume: Volume, chunks: list[int]) -> set[int]:
+        """The chunks' content into ``_old``, one after the other; what lies past the origin's end is zeroes.
+
+        Returns the positions of those that can't be read.
+        """
+        lost: set[int] = set()
         start = 0
         while start < len(chunks):
             end = start + 1
             while end < len(chunks) and chunks[end] - chunks[start] == end - start:
                 end += 1
-            volume.origin.read_into(self._old[start << CHUNK_SHIFT : end << CHUNK_SHIFT], chunks[start] << CHUNK_SHIFT)
+            part = self._old[start << CHUNK_SHIFT : end << CHUNK_SHIFT]
+            try:
+                volume.origin.read_into(part, chunks[start] << CHUNK_SHIFT)
+            except OSError as error:
+                if not is_unreadable(error):
+                    raise
+                lost.update(start + position for position in read_again(volume, part, chunks[start]))
             start = end
+        return lost
 
-    def _make_records(self, volume: Volume, chunks: list[int]) -> tuple[list[Record], list[int]]:
+    def _make_records(self, volume: Volume, chunks: list[int], lost: set[int]) -> tuple[list[Record], list[int]]:
         """Records for the chunks in ``_old``, slots yet to be assigned; and the positions of those that need one."""
         number = volume.record.number
         epoch = volume.record.epoch - 1
@@ -205,6 +230,9 @@ class Preservation:
         records: list[Record] = []
         stored: list[int] = []
         for position, chunk in enumerate(chunks):
+            if position in lost:
+                records.append(Record(chunk, epoch, LOST_SLOT, 0))
+                continue
             data = self._old[position << CHUNK_SHIFT : (position + 1) << CHUNK_SHIFT]
             record = Record(chunk, epoch, ZERO_SLOT, digest(data, checksum_seed(number, chunk, epoch)))
             records.append(record)
@@ -222,7 +250,7 @@ def _assign(records: list[Record], runs: list[Run]) -> None:
     """Give the slots of ``runs``, in order, to the records that need one."""
     slots = (slot for first, count in runs for slot in range(first, first + count))
     for record in records:
-        if record.slot != ZERO_SLOT:
+        if record.has_slot:
             record.slot = next(slots)
 
 

@@ -38,7 +38,7 @@ from concurrent.futures import Executor
 from typing import TYPE_CHECKING
 
 from nbdsnap.engine.device import STATE_HOLE, STATE_ZERO, Op, OpKind
-from nbdsnap.engine.pending import IntentSet, lay_over
+from nbdsnap.engine.pending import IntentSet, lay_over, uncovered
 from nbdsnap.engine.records import SnapshotRecord, VolumeRecord, VolumeState
 from nbdsnap.engine.sync import SyncGroup
 from nbdsnap.errors import DeviceError
@@ -122,11 +122,24 @@ class Volume(VolumeState):
             raise
 
     def read(self, buffer: memoryview, offset: int) -> None:
-        self._read_patched(buffer, offset, self._read_in_place)
+        try:
+            self._read_patched(buffer, offset, self._read_in_place)
+        except OSError:
+            if not self.intents.pending:
+                raise
+            self._read_around(buffer, offset)
 
     def _read_in_place(self, buffer: memoryview, offset: int) -> bool:
         self.origin.read_into(buffer, offset)
         return True
+
+    def _read_around(self, buffer: memoryview, offset: int) -> None:
+        """Read only what no pending write is laid over: a bad sector may be about to be overwritten."""
+        with self.lock:
+            patches = self.intents.patches(offset, offset + len(buffer))
+        for start, end in uncovered(offset, offset + len(buffer), patches):
+            self.origin.read_into(buffer[start - offset : end - offset], start)
+        lay_over(buffer, offset, patches)
 
     def _read_patched(self, buffer: memoryview, offset: int, read: Callable[[memoryview, int], bool]) -> bool:
         """Read, and lay the pending writes over it.
@@ -164,9 +177,11 @@ class Volume(VolumeState):
             self._written += 1
         return True
 
-    def _write_intent(self, offset: int, data: memoryview) -> bool:
+    def _write_intent(self, offset: int, data: memoryview, *, edges_read: bool = False) -> bool:
         """Under ``lock``: acknowledge from the log, where that is possible."""
         if self.stalled is not None:
+            return False
+        if (offset | len(data)) & (CHUNK - 1) and not edges_read and not self._edges_cached(offset, offset + len(data)):
             return False
         intent = self._preserver.append(self, offset, data)
         if intent is None:
@@ -178,7 +193,7 @@ class Volume(VolumeState):
 
     def _log(self, op: Op) -> bool:
         assert op.data is not None
-        return self._write_intent(op.offset, memoryview(op.data))
+        return self._write_intent(op.offset, memoryview(op.data), edges_read=True)
 
     def flush_now(self) -> bool:
         if self.failure is not None or self._synced != self._written:
@@ -190,11 +205,19 @@ class Volume(VolumeState):
         if op.kind == OpKind.FLUSH:
             self.syncs.request(op.done)
             return
+        self._submit(op, edges_read=False)
+
+    def _submit(self, op: Op, *, edges_read: bool) -> None:
         with self.lock:
             in_place = self._gate_open and self._is_exclusive(op)
             if in_place:
                 self._writers += 1
-            logged = self._gate_open and not in_place and op.kind == OpKind.WRITE and self._log(op)
+            may_log = self._gate_open and not in_place and op.kind == OpKind.WRITE
+            cold = may_log and not edges_read and not self._edges_cached(op.offset, op.offset + op.length)
+            logged = may_log and not cold and self._log(op)
+        if cold:
+            self._workers.submit(self._read_edges, op)
+            return
         if in_place:
             self._workers.submit(self._write_counted, op)
         elif logged:
@@ -261,6 +284,18 @@ class Volume(VolumeState):
         if offset & (CHUNK - 1) and not self.read_in_place_now(probe, offset):
             return False
         return not end & (CHUNK - 1) or self.read_in_place_now(probe, end - 1)
+
+    def _read_edges(self, op: Op) -> None:
+        """Read what an unaligned write only half covers, before it is acknowledged: on a bad sector it can't be
+        applied."""
+        probe = memoryview(bytearray(1))
+        try:
+            for place in (op.offset, op.offset + op.length - 1):
+                self.read(probe, place)  # pending writes count
+        except OSError as error:
+            self.finish(op, error)
+            return
+        self._submit(op, edges_read=True)
 
     def is_over_intents(self, op: Op) -> bool:
         """Whether a live intent lies in ``op``'s range: a replay would undo it there."""

@@ -172,9 +172,9 @@ class FileIO:
         """Ask the system to read the range into the page cache, without waiting for it."""
         os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
 
-    def drop_cached(self, fd: int) -> None:
-        """Take the file's clean pages out of the page cache."""
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    def drop_cached(self, fd: int, offset: int = 0, length: int = 0) -> None:
+        """Take clean pages of the range out of the page cache; 0 as the length is up to the file's end."""
+        os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
 
     def lock_exclusive(self, fd: int) -> bool:
         """Take the whole-file lock of flock(2); False where another process has it."""

@@ -65,6 +65,9 @@ class Origin:
     def data_extents(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         return self._io.data_extents(self.fd, offset, length)
 
+    def drop_cached(self, offset: int, length: int) -> None:
+        self._io.drop_cached(self.fd, offset, length)
+
     def will_need(self, offset: int, length: int) -> None:
         self._io.will_need(self.fd, offset, length)
 

@@ -12,7 +12,7 @@ import pytest
 
 from nbdsnap.engine.device import Device, OpKind
 from nbdsnap.engine.pool import Pool, PoolOptions
-from nbdsnap.errors import DeviceError, NbdsnapError
+from nbdsnap.errors import CorruptionError, DeviceError, NbdsnapError
 from tests.support.deadline import wait_until
 from tests.support.device import flush, read, submit, write
 from tests.support.faultyio import FaultyIO
@@ -107,9 +107,10 @@ def test_unreadable_origin(volumes: Volumes) -> None:
     volumes.check_goes_on(volumes.b, 1)
 
 
-def test_old_content_that_cannot_be_read_is_never_overwritten(volumes: Volumes) -> None:
-    """The write waits in the log, and holds up its volume's first overwrites, but no other volume."""
-    volumes.io.fail("read", "a.img", where=range(CHUNK, 2 * CHUNK))
+def test_old_content_of_a_disk_that_is_gone_is_never_overwritten(volumes: Volumes) -> None:
+    """The write waits in the log, and holds up its volume's first overwrites, but no other volume.  Nothing counts as
+    lost: the disk may come back."""
+    volumes.io.fail("read", "a.img")
     assert volumes.a.write_now(CHUNK, memoryview(NEW))
     wait_until(lambda: "stalled" in (volumes.error("a") or ""), "the stall to be told")
     for round_ in range(1, 4):
@@ -121,6 +122,82 @@ def test_old_content_that_cannot_be_read_is_never_overwritten(volumes: Volumes) 
     volumes.check_goes_on(volumes.a, 9)
     volumes.check_whole()
     assert not list((volumes.folder / "pool").glob("intents-*"))
+
+
+def test_a_bad_sector_is_lost_to_its_snapshots_and_to_nobody_else(
+    volumes: Volumes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its first overwrite goes on, and mends it; what can't be read is recorded as that, and named everywhere."""
+    volumes.io.spoil("a.img", range(CHUNK, 2 * CHUNK))
+    volumes.pool.snapshot_create(["a@t"])
+    for chunk in range(4):
+        write(volumes.a, chunk * CHUNK, NEW)
+    flush(volumes.a)
+    volumes.pool.settle()
+    volumes.check_goes_on(volumes.a, 1)
+    for restarted in (False, True):
+        if restarted:
+            volumes.restart()
+        assert volumes.error("a") is None
+        for name in ("a@s", "a@t"):
+            with pytest.raises(CorruptionError, match="lost"):
+                read(volumes.snapshot(name), CHUNK, CHUNK)
+            assert read(volumes.snapshot(name), 0, CHUNK) == OLD
+            assert read(volumes.snapshot(name), 2 * CHUNK, SIZE - 2 * CHUNK) == OLD * (SIZE // CHUNK - 2)
+        assert read(volumes.snapshot("a@goes-on-1"), 0, 5 * CHUNK) == NEW * 4 + OLD
+        (problem,) = volumes.pool.check(data=True).problems
+        assert (problem.kind, problem.snapshots, problem.offset, problem.length) == (
+            "lost",
+            ["a@s", "a@t"],
+            CHUNK,
+            CHUNK,
+        )
+        marked = {info.name for info in volumes.pool.snapshot_list("a") if "lost" in (info.problem or "")}
+        assert marked == {"s", "t"}
+    (line,) = (record.message for record in caplog.records if "can't be read" in record.message)
+    assert "volume a, offset 4096" in line and "a@s, a@t" in line
+    volumes.pool.snapshot_delete(["a@s", "a@t"])
+    assert volumes.pool.check(data=True).ok
+
+
+@pytest.mark.parametrize("kind", [OpKind.TRIM, OpKind.ZERO, OpKind.WRITE])
+def test_whatever_overwrites_a_bad_sector_goes_on(volumes: Volumes, kind: OpKind) -> None:
+    volumes.io.spoil("a.img", range(3 * CHUNK, 5 * CHUNK))
+    data = NEW * 8 if kind == OpKind.WRITE else None
+    submit(volumes.a, kind, 0, 8 * CHUNK, data).wait()
+    assert read(volumes.a, 0, 8 * CHUNK) == (data or bytes(8 * CHUNK))
+    volumes.pool.settle()
+    (problem,) = volumes.pool.check(data=True).problems
+    assert (problem.kind, problem.offset, problem.length) == ("lost", 3 * CHUNK, 2 * CHUNK)
+    assert read(volumes.snapshot("a@s"), 0, 3 * CHUNK) == OLD * 3
+    volumes.check_goes_on(volumes.a, 1)
+
+
+@pytest.mark.parametrize("offset", [CHUNK - 100, CHUNK, CHUNK + 100, 2 * CHUNK - 100])
+def test_a_write_that_only_half_covers_a_bad_sector_fails(volumes: Volumes, offset: int) -> None:
+    """The rest of the chunk can't be had, so nothing is acknowledged, and nobody waits."""
+    volumes.io.spoil("a.img", range(CHUNK, 2 * CHUNK))
+    with pytest.raises(OSError, match="Input/output"):
+        write(volumes.a, offset, b"n" * 200)
+    assert volumes.error("a") is None
+    write(volumes.a, 4 * CHUNK, NEW)
+    flush(volumes.a)
+    write(volumes.a, CHUNK, NEW)
+    write(volumes.a, offset, b"n" * 200)
+    volumes.pool.settle()
+    assert read(volumes.a, CHUNK, CHUNK) == NEW
+    volumes.check_goes_on(volumes.a, 1)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_read_that_fails_now_and_then_loses_nothing(volumes: Volumes, times: int) -> None:
+    volumes.io.fail("read", "a.img", times=times, where=range(CHUNK, 2 * CHUNK))
+    for chunk in range(4):
+        write(volumes.a, chunk * CHUNK, NEW)
+    volumes.pool.settle()
+    volumes.io.heal()
+    volumes.check_goes_on(volumes.a, 1)
+    volumes.check_whole()
 
 
 def test_stalled_writes_survive_a_restart(volumes: Volumes) -> None:
