@@ -130,6 +130,16 @@ class CheckReport(BaseModel):
     problems: list[Problem]
 
 
+class RollbackReport(BaseModel):
+    """A rollback to ``snapshot``: ``bytes`` of the volume are (or would be) written over, and of these newer snapshots
+    need at most ``preserved_bytes``, which the store takes."""
+
+    snapshot: str
+    bytes: int
+    preserved_bytes: int
+    done: bool
+
+
 class SnapshotDeletion(BaseModel):
     """What was deleted, or would be: names as ``VOLUME@NAME``, and the bytes of the store that it gives back."""
 

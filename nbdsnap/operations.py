@@ -28,6 +28,7 @@ from nbdsnap.models import (
     CheckReport,
     Extent,
     PoolStatus,
+    RollbackReport,
     SnapshotDeletion,
     SnapshotInfo,
     VolumeInfo,
@@ -117,6 +118,12 @@ class SnapshotNames(Request):
 class SnapshotPriority(Request):
     name: str
     priority: int
+
+
+class RollbackTo(Request):
+    name: str
+    force: bool = False
+    dry_run: bool = False
 
 
 class DiffRange(Request):
@@ -212,7 +219,7 @@ def _batches(extents: Iterator[Extent]) -> Iterator[list[Extent]]:
         yield batch
 
 
-def _check(pool: Pool, request: CheckScope, emit: Emit) -> CheckReport:
+def _progress_to(emit: Emit) -> Callable[[int, int], None]:
     due = 0.0
 
     def progress(done: int, total: int) -> None:
@@ -222,7 +229,15 @@ def _check(pool: Pool, request: CheckScope, emit: Emit) -> CheckReport:
             due = now + PROGRESS_INTERVAL_S
             emit(Progress.model_construct(done=done, total=total))
 
-    return pool.check(data=request.data, progress=progress)
+    return progress
+
+
+def _check(pool: Pool, request: CheckScope, emit: Emit) -> CheckReport:
+    return pool.check(data=request.data, progress=_progress_to(emit))
+
+
+def _rollback(pool: Pool, request: RollbackTo, emit: Emit) -> RollbackReport:
+    return pool.rollback(request.name, force=request.force, dry_run=request.dry_run, progress=_progress_to(emit))
 
 
 VOLUME_CREATE: Operation[VolumeCreate, VolumeInfo] = Operation(
@@ -303,6 +318,15 @@ SNAPSHOT_PRIORITY: Operation[SnapshotPriority, SnapshotInfo] = Operation(
     SnapshotInfo,
     lambda pool, request, _: pool.snapshot_priority(request.name, request.priority),
 )
+ROLLBACK: Operation[RollbackTo, RollbackReport] = Operation(
+    "rollback",
+    "Give the live volume the content of its snapshot `name`; every snapshot stays. Refused while clients have the "
+    "volume open, but with `force`. With `dry_run`, only say how much that would change.",
+    RollbackTo,
+    RollbackReport,
+    _rollback,
+    Progress,
+)
 DIFF: Operation[DiffRange, DiffTotal] = Operation(
     "diff",
     "The ranges that changed from the snapshot `from` to the snapshot `to`, or to the live volume.",
@@ -341,6 +365,7 @@ OPERATIONS: dict[str, Operation[Any, Any]] = {
         SNAPSHOT_HOLD,
         SNAPSHOT_RELEASE,
         SNAPSHOT_PRIORITY,
+        ROLLBACK,
         DIFF,
         STATUS,
         CHECK,

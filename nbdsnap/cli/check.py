@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import click
 
 from nbdsnap.cli.context import Context, pass_context
 from nbdsnap.cli.options import dry_run_option, json_option
 from nbdsnap.cli.output import Column, plural, print_json, print_table
+from nbdsnap.cli.progress import progress_bar
 from nbdsnap.errors import CorruptionError
 from nbdsnap.models import RepairReport
-from nbdsnap.operations import CHECK, CheckScope, Progress
+from nbdsnap.operations import CHECK, CheckScope
 
 
 @click.command()
@@ -39,7 +38,7 @@ def check(ctx: click.Context, context: Context, data: bool, repair: bool, dry_ru
         return
     if dry_run:
         raise click.UsageError("--dry-run is for --repair: a check changes nothing", ctx)
-    with _progress_bar() as on_event:
+    with progress_bar("checking") as on_event:
         report = context.call(CHECK, CheckScope(data=data), on_event, offline=True)
     if as_json:
         print_json(report)
@@ -67,19 +66,3 @@ def _repair(context: Context, dry_run: bool, as_json: bool) -> None:
     report = repair(context.config(), announce, dry_run=dry_run)
     if report.done and report.steps:
         click.echo("nbdsnap: repaired; what was damaged stays beside it as *.damaged", err=True)
-
-
-@contextmanager
-def _progress_bar() -> Iterator[Callable[[Progress], None] | None]:
-    """On standard error, where that is a terminal; gone when all is done."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn("checking"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("checking", total=None)
-        yield lambda event: bar.update(task, completed=event.done, total=event.total)

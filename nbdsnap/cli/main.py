@@ -36,6 +36,7 @@ COMMANDS = {
     "serve": "nbdsnap.cli.serve:serve",
     "volume": "nbdsnap.cli.volume:volume",
     "snapshot": "nbdsnap.cli.snapshot:snapshot",
+    "rollback": "nbdsnap.cli.rollback:rollback",
     "diff": "nbdsnap.cli.diff:diff",
     "status": "nbdsnap.cli.status:status",
     "check": "nbdsnap.cli.check:check",

@@ -193,6 +193,7 @@ class Deletions:
             for state in self._volumes.values()
             for snapshot in state.snapshots
             if not (snapshot.held or snapshot.connections or snapshot.priority >= KEEP)
+            and state.record.rollback != snapshot.epoch
         ]
         if not found:
             return {}
@@ -201,8 +202,11 @@ class Deletions:
         return {state: [snapshot for snapshot in state.snapshots if snapshot.epoch == epoch]}
 
 
-def check_deletable(snapshot: SnapshotRecord, name: str) -> None:
+def check_deletable(state: VolumeState, snapshot: SnapshotRecord) -> None:
     """InUseError where the snapshot is open or held."""
+    name = f"{state.name}@{snapshot.name}"
+    if state.record.rollback == snapshot.epoch:
+        raise InUseError(f"volume {state.name} is being rolled back to {name}", hint="try again when that is done")
     if snapshot.connections:
         raise InUseError(f"{name} is open: {snapshot.connections} connections", hint="disconnect its clients first")
     if snapshot.held:

@@ -29,6 +29,7 @@ from nbdsnap.engine.preserver import Preserver
 from nbdsnap.engine.reclaim import END_OF_EPOCHS
 from nbdsnap.engine.records import SnapshotRecord, VolumeRecord, VolumeState, now
 from nbdsnap.engine.recovery import recover
+from nbdsnap.engine.rollback import Progress, Rollbacks, find_target
 from nbdsnap.engine.snapshot import SnapshotDevice
 from nbdsnap.engine.space import Space
 from nbdsnap.engine.volume import Volume
@@ -45,6 +46,7 @@ from nbdsnap.models import (
     CheckReport,
     Extent,
     PoolStatus,
+    RollbackReport,
     Sharing,
     SnapshotDeletion,
     SnapshotInfo,
@@ -129,7 +131,11 @@ class Pool:
             self._deletions = Deletions(
                 self._lock, self._volumes, self._index, self._store, self._preserver, self._workers
             )
-            if options.on_full == "drop-snapshots":
+            refuses = options.on_full == "refuse-writes"
+            self._rollbacks = Rollbacks(
+                self._lock, self._index, self._preserver, self._space, self._workers, refuses=refuses
+            )
+            if not refuses:
                 self._preserver.preservation.make_room = self._deletions.make_room
             self._load()
             undo.pop_all()
@@ -187,15 +193,33 @@ class Pool:
                 self._volumes[record.name] = VolumeState(record, of_volume, error)
         stamps.remove_stamps(self._index, self._live_volumes())
         volumes = {volume.record.number: volume for volume in self._live_volumes()}
+        undone = {
+            number: self._rollbacks.adopt(volume, snapshot, self._open_snapshot(volume, snapshot))
+            for number, volume in volumes.items()
+            if (snapshot := find_target(volume)) is not None
+        }
         failures = recover(self._stranded, self._preserver, volumes, [record.number for record in records])
         for number, failure in failures.items():
             volume = volumes[number]
-            volume.close()
             problem = OriginError(
                 f"volume {volume.name} can't take its acknowledged writes: {failure}",
                 hint="mend that (free space, or the disk) and restart: they are kept in the pool",
             )
-            self._volumes[volume.name] = VolumeState(volume.record, volume.snapshots + volume.deleting, problem)
+            self._put_aside(volume, problem)
+        for number in undone.keys() - failures.keys():
+            try:
+                self._rollbacks.resume(undone[number])
+            except (OSError, NbdsnapError) as error:
+                problem = OriginError(
+                    f"volume {volumes[number].name} can't be rolled back to {undone[number].name}: {error}",
+                    hint="that was begun; mend what is in its way (free space, or the disk) and restart",
+                )
+                self._put_aside(volumes[number], problem)
+
+    def _put_aside(self, volume: Volume, problem: NbdsnapError) -> None:
+        """Known, but not served."""
+        volume.close()
+        self._volumes[volume.name] = VolumeState(volume.record, volume.snapshots + volume.deleting, problem)
 
     def _open_volume(self, record: VolumeRecord, snapshots: list[SnapshotRecord]) -> Volume:
         assert record.origin is not None
@@ -277,8 +301,11 @@ class Pool:
                     self._log.wake()
                 volume.connections += 1
                 return LiveDevice(volume, lambda: self._closed(volume))
-            snapshot.connections += 1
-            return SnapshotDevice(volume, snapshot, self._index, self._store, lambda: self._closed(snapshot))
+            return self._open_snapshot(volume, snapshot)
+
+    def _open_snapshot(self, volume: Volume, snapshot: SnapshotRecord) -> SnapshotDevice:
+        snapshot.connections += 1
+        return SnapshotDevice(volume, snapshot, self._index, self._store, lambda: self._closed(snapshot))
 
     def _find(self, name: str) -> tuple[Volume, SnapshotRecord | None]:
         if not name:
@@ -391,6 +418,8 @@ class Pool:
     def _remove_volume(self, state: VolumeState) -> None:
         with self._lock:
             _check_unused(state, state.name)
+            if isinstance(state, Volume):
+                state.check_not_rolling_back()
             if state.snapshots or state.deleting:
                 raise InUseError(f"volume {state.name} still has snapshots", hint="try again in a moment")
             del self._volumes[state.name]
@@ -428,6 +457,7 @@ class Pool:
         volumes: list[Volume] = []
         for volume_name, name in wanted:
             volume = self._volume(volume_name)
+            volume.check_not_rolling_back()
             if volume.find(name) is not None:
                 raise AlreadyExistsError(f"snapshot {volume_name}@{name} exists already")
             volumes.append(volume)
@@ -484,7 +514,7 @@ class Pool:
             found = self._group(names)
             for state, snapshots in found.items():
                 for snapshot in snapshots:
-                    check_deletable(snapshot, f"{state.name}@{snapshot.name}")
+                    check_deletable(state, snapshot)
         return found
 
     def _group(self, names: Sequence[str]) -> Doomed:
@@ -496,6 +526,25 @@ class Pool:
         for snapshots in found.values():
             snapshots.sort(key=lambda snapshot: snapshot.epoch)
         return found
+
+    def rollback(
+        self, name: str, *, force: bool = False, dry_run: bool = False, progress: Progress | None = None
+    ) -> RollbackReport:
+        """Give the live volume the content of its snapshot ``name``; all snapshots stay as they are.
+
+        Refused where clients have the volume open, but for ``force``: they see the new content then.  ``progress`` is
+        called with (done, total) bytes; where it raises, what has begun is finished without it.
+        """
+        volume_name, _ = parse_snapshot_name(name)
+        with self._lock:
+            volume = self._volume(volume_name)
+            snapshot = self._snapshot(name)[1]
+            if not dry_run:
+                device = self._open_snapshot(volume, snapshot)
+        if dry_run:
+            self._catch_up()
+            return self._rollbacks.plan(volume, snapshot)
+        return self._rollbacks.roll_back(volume, snapshot, device, force=force, progress=progress)
 
     def snapshot_hold(self, names: Sequence[str], *, held: bool = True) -> list[SnapshotInfo]:
         """Keep snapshots from being deleted or dropped, or (``held=False``) let them be again: all or none."""

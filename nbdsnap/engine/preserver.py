@@ -295,6 +295,11 @@ class Preserver:
             volume.stranded = last
         return False
 
+    def execute(self, volume: Volume, ops: Sequence[Op]) -> None:
+        """Preserve for, and apply, ``ops`` of that volume at once.  From a command."""
+        for start in range(0, len(ops), BATCH_OPS):
+            self._process([(volume, op) for op in ops[start : start + BATCH_OPS]])
+
     def drain(self, volumes: Sequence[Volume]) -> None:
         """Apply all that waits, and retire it.  From a command, with closed gates of ``volumes``.
 

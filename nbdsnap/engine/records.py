@@ -58,6 +58,8 @@ class VolumeRecord:
     """A volume.  ``epoch`` is the present one, which the next snapshot will get as its number; the first is 1.
 
     ``stamp``: what the origin file was when it was closed (:mod:`nbdsnap.engine.stamps`); None while it is open.
+    ``rollback``: the epoch of the snapshot whose content the volume has, although not all of it is in place yet
+    (:mod:`nbdsnap.engine.rollback`); None where no rollback is under way.
     """
 
     number: int
@@ -68,6 +70,7 @@ class VolumeRecord:
     created: datetime = field(default_factory=now)
     epoch: int = 1
     stamp: JsonObject | None = None
+    rollback: int | None = None
 
     def to_json(self) -> JsonObject:
         return {
@@ -78,13 +81,15 @@ class VolumeRecord:
             "created": self.created.isoformat(),
             "epoch": self.epoch,
             "stamp": self.stamp,
+            "rollback": self.rollback,
         }
 
     @classmethod
     def from_json(cls, number: int, value: JsonObject) -> VolumeRecord:
         fields = {key: value[key] for key in ("name", "kind", "size", "origin", "epoch")}
         created = datetime.fromisoformat(value["created"])
-        return cls(number=number, created=created, stamp=value.get("stamp"), **fields)
+        later: JsonObject = {key: value.get(key) for key in ("stamp", "rollback")}
+        return cls(number=number, created=created, **later, **fields)
 
 
 class VolumeState:

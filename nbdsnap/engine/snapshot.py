@@ -83,12 +83,12 @@ class SnapshotDevice:
         for record in self._lookup(offset, end):
             start = record.chunk << CHUNK_SHIFT
             if start > position:
-                self._volume.cache(position, start - position)
+                self._volume.cache_in_place(position, start - position)
             if record.has_slot:
                 self._store.will_need(record.slot)
             position = start + CHUNK
         if position < end:
-            self._volume.cache(position, end - position)
+            self._volume.cache_in_place(position, end - position)
 
     def close(self) -> None:
         with self._close_lock:

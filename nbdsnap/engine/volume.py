@@ -22,6 +22,12 @@ Flushes
 last good sync began.  Where they are equal there is nothing to flush.  One sync runs at a time: the kernel tells an
 error of writing back only once, so a second sync beside the failed one would seem to have succeeded.
 
+A rollback
+----------
+From its first moment to its last, reads see ``view``, the snapshot that is put in place meanwhile, and writes wait:
+they are *parked* (:meth:`Volume.park`).  Nothing gets into the preserver's queue past the parking, since both happen
+under ``lock``.  See :mod:`nbdsnap.engine.rollback`.
+
 ``generation`` counts the preserver's commits.  It is raised after a commit and before the first overwrite that the
 commit allows, so a reader who finds it unchanged after reading live data knows that the data was not overwritten
 meanwhile.
@@ -37,11 +43,11 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from typing import TYPE_CHECKING
 
-from nbdsnap.engine.device import STATE_HOLE, STATE_ZERO, Op, OpKind
+from nbdsnap.engine.device import STATE_HOLE, STATE_ZERO, Device, Op, OpKind
 from nbdsnap.engine.pending import IntentSet, lay_over, uncovered
 from nbdsnap.engine.records import SnapshotRecord, VolumeRecord, VolumeState
 from nbdsnap.engine.sync import SyncGroup
-from nbdsnap.errors import DeviceError
+from nbdsnap.errors import DeviceError, InUseError
 from nbdsnap.store.chunkbits import ChunkBits
 from nbdsnap.store.fileio import FileIO
 from nbdsnap.store.layout import CHUNK, CHUNK_SHIFT, chunk_count
@@ -92,6 +98,12 @@ class Volume(VolumeState):
         """Why acknowledged writes can't be applied now: they wait in the log, and no more are taken into it."""
         self.stranded = 0
         """Sequence of the newest intent in the volume's own file; 0 where there is no file."""
+        self.view: Device | None = None
+        """What reads see while a rollback is under way."""
+        self._parked: list[Op] | None = None
+        """Operations that wait for the end of a rollback; None where none is under way."""
+        self._refusal: BaseException | None = None
+        """Why it can't go on: they need not wait for it."""
         self.forget_exclusive()
         self._writers = 0
         self._idle = threading.Condition(self.lock)
@@ -101,11 +113,15 @@ class Volume(VolumeState):
 
     @property
     def error(self) -> str | None:
+        if self._refusal is not None:
+            return f"a rollback is not finished: {self._refusal}"
         return self.failure or (f"writes are stalled: {self.stalled}" if self.stalled else None)
 
     # What callers on any thread do
 
     def read_now(self, buffer: memoryview, offset: int) -> bool:
+        if self.view is not None:
+            return self.view.read_now(buffer, offset)
         if self.intents.pending:
             return self._read_patched(buffer, offset, self.read_in_place_now)
         return self.read_in_place_now(buffer, offset)
@@ -122,6 +138,10 @@ class Volume(VolumeState):
             raise
 
     def read(self, buffer: memoryview, offset: int) -> None:
+        view = self.view
+        if view is not None:
+            view.read(buffer, offset)
+            return
         try:
             self._read_patched(buffer, offset, self._read_in_place)
         except OSError:
@@ -209,12 +229,18 @@ class Volume(VolumeState):
 
     def _submit(self, op: Op, *, edges_read: bool) -> None:
         with self.lock:
+            refusal = self._refusal
             in_place = self._gate_open and self._is_exclusive(op)
             if in_place:
                 self._writers += 1
             may_log = self._gate_open and not in_place and op.kind == OpKind.WRITE
             cold = may_log and not edges_read and not self._edges_cached(op.offset, op.offset + op.length)
             logged = may_log and not cold and self._log(op)
+            if not (in_place or cold or logged) and refusal is None:
+                if self._parked is None:
+                    self._preserver.submit(self, op)
+                else:
+                    self._parked.append(op)
         if cold:
             self._workers.submit(self._read_edges, op)
             return
@@ -222,10 +248,13 @@ class Volume(VolumeState):
             self._workers.submit(self._write_counted, op)
         elif logged:
             self.finish(op, None)
-        else:
-            self._preserver.submit(self, op)
+        elif refusal is not None:
+            self.finish(op, refusal)
 
     def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
+        view = self.view
+        if view is not None:
+            return view.extents(offset, length)
         with self.lock:
             patches = self.intents.patches(offset, offset + length)
         data = list(self.origin.data_extents(offset, length))
@@ -233,6 +262,13 @@ class Volume(VolumeState):
         return _extents(sorted(data), offset, offset + length)
 
     def cache(self, offset: int, length: int) -> None:
+        view = self.view
+        if view is not None:
+            view.cache(offset, length)
+        else:
+            self.cache_in_place(offset, length)
+
+    def cache_in_place(self, offset: int, length: int) -> None:
         self.origin.will_need(offset, length)
 
     # What the bitmap says
@@ -314,6 +350,8 @@ class Volume(VolumeState):
         return DeviceError(self.failure) if self.failure is not None else self.stalled
 
     def check_not_stalled(self) -> None:
+        """Raise where the index does not know of every difference between the live volume and its snapshots."""
+        self.check_not_rolling_back()
         obstacle = self.obstacle()
         if obstacle is not None and self.intents:
             raise obstacle
@@ -329,6 +367,39 @@ class Volume(VolumeState):
     def open_gate(self) -> None:
         with self.lock:
             self._gate_open = self.failure is None
+
+    def park(self) -> None:
+        """Close the gate, and let all operations wait that come from now on, until :meth:`unpark`."""
+        with self.lock:
+            self._parked = []
+            self._refusal = None
+        self.close_gate()
+
+    def unpark(self) -> None:
+        """Read and write the volume itself again, beginning with what waits."""
+        with self.lock:
+            parked, self._parked = self._parked or [], None
+            self._refusal = None
+            self.view = None
+        self.open_gate()
+        for op in parked:
+            self.submit(op)
+
+    def refuse_parked(self, refusal: BaseException) -> None:
+        """What waits for the end of the rollback, or would, fails: it can't go on now."""
+        with self.lock:
+            parked, self._parked = self._parked or [], []
+            self._refusal = refusal
+        for op in parked:
+            self.finish(op, refusal)
+
+    @property
+    def is_rolling_back(self) -> bool:
+        return self._parked is not None
+
+    def check_not_rolling_back(self) -> None:
+        if self.is_rolling_back:
+            raise InUseError(f"volume {self.name} is being rolled back", hint="try again when that is done")
 
     def forget_exclusive(self) -> None:
         """The newest snapshot is another one than before: ask the index again, or nobody where there is none."""

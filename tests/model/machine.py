@@ -232,6 +232,38 @@ class PoolMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self._names())
     @rule(data=st.data())
+    def rollback(self, data: st.DataObject) -> None:
+        """The live volume is the snapshot again; whoever has it open sees that, and all snapshots stay."""
+        text = data.draw(st.sampled_from(self._names()))
+        volume, _, name = text.partition("@")
+        with pytest.raises(InUseError):
+            self.target.rollback(text)
+        promised = self.target.rollback(text, dry_run=True)
+        before = self.target.status().store.used_bytes
+        done = self.target.rollback(text, force=True)
+        assert (done.bytes, done.preserved_bytes) == (promised.bytes, promised.preserved_bytes)
+        assert self.target.status().store.used_bytes <= before + done.preserved_bytes
+        assert self._roll_back_model(volume, name) * CHUNK <= done.bytes + CHUNK
+        for start in WINDOWS[volume]:
+            assert read(self._live(volume), start, WINDOW) == self.volumes[volume].live.read(start, WINDOW)
+
+    def _roll_back_model(self, volume: str, name: str) -> int:
+        """How many chunks differed."""
+        model = self.volumes[volume]
+        image = model.snapshots[name][0]
+        differing = len(model.live.differing(image))
+        number = self._next()
+        for chunk in model.live.touched_since(image):
+            offset = chunk * CHUNK
+            content = image.read(offset, min(CHUNK, image.size - offset))
+            if image.is_zero(chunk):
+                self._model_zero(volume, offset, len(content), number)
+            else:
+                self._model_write(volume, offset, content, number)
+        return differing
+
+    @precondition(lambda self: self._names())
+    @rule(data=st.data())
     def open_snapshot(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(self._names()))
         if name not in self.opened:

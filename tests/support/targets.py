@@ -13,7 +13,7 @@ from nbdsnap.client import RemoteClient
 from nbdsnap.engine.device import Device
 from nbdsnap.engine.pool import Pool, PoolOptions
 from nbdsnap.errors import NotFoundError
-from nbdsnap.models import CheckReport, Extent, PoolStatus, SnapshotDeletion, SnapshotInfo
+from nbdsnap.models import CheckReport, Extent, PoolStatus, RollbackReport, SnapshotDeletion, SnapshotInfo
 from tests.support import nbdwire
 from tests.support.client import RefusedError
 from tests.support.deadline import wait_until
@@ -38,6 +38,8 @@ class Target(Protocol):
     def snapshot_list(self) -> list[SnapshotInfo]: ...
 
     def snapshot_delete(self, names: Sequence[str], *, dry_run: bool = False) -> SnapshotDeletion: ...
+
+    def rollback(self, name: str, *, force: bool = False, dry_run: bool = False) -> RollbackReport: ...
 
     def diff(self, older: str, newer: str | None = None) -> list[Extent]: ...
 
@@ -86,6 +88,9 @@ class EngineTarget:
 
     def snapshot_delete(self, names: Sequence[str], *, dry_run: bool = False) -> SnapshotDeletion:
         return self.pool.snapshot_delete(names, dry_run=dry_run)
+
+    def rollback(self, name: str, *, force: bool = False, dry_run: bool = False) -> RollbackReport:
+        return self.pool.rollback(name, force=force, dry_run=dry_run)
 
     def diff(self, older: str, newer: str | None = None) -> list[Extent]:
         return list(self.pool.diff(older, newer))
@@ -172,6 +177,10 @@ class ServerTarget:
     def snapshot_delete(self, names: Sequence[str], *, dry_run: bool = False) -> SnapshotDeletion:
         request = operations.SnapshotDelete(names=list(names), dry_run=dry_run)
         return self._control.call(operations.SNAPSHOT_DELETE, request)
+
+    def rollback(self, name: str, *, force: bool = False, dry_run: bool = False) -> RollbackReport:
+        request = operations.RollbackTo(name=name, force=force, dry_run=dry_run)
+        return self._control.call(operations.ROLLBACK, request)
 
     def diff(self, older: str, newer: str | None = None) -> list[Extent]:
         extents: list[Extent] = []
