@@ -21,10 +21,12 @@ that a client re-raises the same class: see :func:`from_wire`.
     ├── ConflictError           5  it is in use, held or already exists
     │   ├── AlreadyExistsError
     │   ├── InUseError
-    │   └── PoolLockedError
+    │   ├── PoolLockedError
+    │   └── WrongBaseError
     ├── NoSpaceError            6  no space
     ├── CorruptionError         7  corruption found
     ├── FormatError             1  a pool or stream of a future version, or of something else
+    ├── DeltaCutError           1  a delta stream ended before its end
     ├── OriginError             1  an origin file or device can't be used
     │   └── OriginChangedError
     ├── DeviceError             1  a disk returned an error
@@ -108,6 +110,10 @@ class PoolLockedError(ConflictError):
     """Another process owns the pool."""
 
 
+class WrongBaseError(ConflictError):
+    """A delta was made from something else than what it is to be applied to."""
+
+
 class NoSpaceError(NbdsnapError):
     """There is no space left."""
 
@@ -124,6 +130,12 @@ class CorruptionError(NbdsnapError):
 
 class FormatError(NbdsnapError):
     """A pool or stream of a future version, or of something else altogether."""
+
+
+class DeltaCutError(NbdsnapError):
+    """A delta stream ended before its end."""
+
+    http_status = 400
 
 
 class OriginError(NbdsnapError):

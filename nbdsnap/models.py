@@ -145,3 +145,39 @@ class SnapshotDeletion(BaseModel):
 
     names: list[str]
     freed_bytes: int
+
+
+class DeltaPoint(BaseModel):
+    """A snapshot as a delta names it: equal ids, wherever they are, mean equal content."""
+
+    name: str
+    id: str
+    size: int
+
+
+class DeltaEncoding(BaseModel):
+    """What is stored one way in a delta: ``bytes`` of the volume, which take ``stored_bytes``."""
+
+    extents: int
+    bytes: int
+    stored_bytes: int
+
+
+class DeltaInfo(BaseModel):
+    """What a delta stream holds.  ``base`` is None where it holds all of the snapshot.
+
+    ``start``: not 0 where it goes on for a stream that was cut there.  ``digest``: SHA-256 of the whole stream.
+    """
+
+    volume: str
+    volume_id: str
+    to: DeltaPoint
+    base: DeltaPoint | None
+    created: datetime
+    start: int
+    stream_bytes: int
+    frames: int
+    extents: int
+    bytes: int
+    encodings: dict[str, DeltaEncoding]
+    digest: str

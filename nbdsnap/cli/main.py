@@ -38,6 +38,7 @@ COMMANDS = {
     "snapshot": "nbdsnap.cli.snapshot:snapshot",
     "rollback": "nbdsnap.cli.rollback:rollback",
     "diff": "nbdsnap.cli.diff:diff",
+    "delta": "nbdsnap.cli.delta:delta",
     "status": "nbdsnap.cli.status:status",
     "check": "nbdsnap.cli.check:check",
     "demo": "nbdsnap.cli.demo:demo",

@@ -10,16 +10,18 @@ from nbdsnap.operations import Progress
 
 
 @contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[Progress], None] | None]:
-    """On standard error, where that is a terminal; gone when all is done."""
+def progress_bar(what: str, *, transfer: bool = False) -> Iterator[Callable[[Progress], None] | None]:
+    """On standard error, where that is a terminal; gone when all is done.  ``transfer``: of bytes, at a rate."""
     if not sys.stderr.isatty():
         yield None
         return
+    from rich import progress as bars
     from rich.console import Console
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
 
-    columns = (TextColumn(what), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+    columns: list[bars.ProgressColumn] = [bars.TextColumn(what), bars.BarColumn(), bars.TaskProgressColumn()]
+    if transfer:
+        columns += [bars.DownloadColumn(binary_units=True), bars.TransferSpeedColumn()]
+    columns.append(bars.TimeRemainingColumn())
+    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda event: bar.update(task, completed=event.done, total=event.total)

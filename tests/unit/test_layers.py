@@ -24,12 +24,13 @@ MAY_USE: dict[str, set[str]] = {
     "delta": BASE,
     "store": BASE,
     "engine": BASE | {"store"},
+    "transfer": BASE | {"engine", "store", "delta"},
     "config": BASE | {"engine.names", "store.layout"},
-    "operations": BASE | {"engine"},
-    "replication": BASE | {"engine", "delta", "operations"},
+    "operations": BASE | {"engine", "transfer"},
+    "replication": BASE | {"engine", "delta", "transfer", "operations"},
     "server": BASE | {"engine", "nbd", "delta", "replication", "config", "operations"},
     "client": BASE | {"engine", "config", "operations"},
-    "cli": BASE | {"engine.names", "delta", "replication", "config", "operations", "client", "server"},
+    "cli": BASE | {"engine.names", "delta", "transfer", "replication", "config", "operations", "client", "server"},
 }
 """From the bottom up.  A module's name in full allows that module only."""
 
@@ -38,6 +39,7 @@ MUST_NOT_USE: dict[str, set[str]] = {
     "delta": {"asyncio", "socket", "ssl", "time", "threading", "select", "selectors", "uvloop", "random"},
     "store": {"asyncio", "socket", "uvloop", "click", "rich"},
     "engine": {"asyncio", "socket", "uvloop", "lmdb", "click", "rich"},
+    "transfer": {"asyncio", "uvloop", "lmdb", "click", "rich"},
     "operations": {"asyncio", "socket", "uvloop", "click", "rich"},
     "server": {"lmdb", "click", "rich"},
     "cli": {"asyncio", "uvloop", "lmdb"},

@@ -1,0 +1,1 @@
+"""Deltas between pools, files and streams: sending, receiving, applying."""
