@@ -5,6 +5,7 @@ A violated one is a :class:`~nbdsnap.models.Problem`, whose ``kind`` is one of:
 =============  ===========================================================================
 ``index``      a part of the index can't be read (only on a pool that no process has open)
 ``log``        the intent log is damaged: acknowledged writes may be lost (likewise)
+``store``      the file of preserved chunks is missing (likewise)
 ``record``     a volume's, snapshot's or the pool's own record is damaged or contradicts another
 ``changed``    the table ``changed`` is not ``preserved`` turned around
 ``slot``       a slot is used twice, or used and not marked so, or beyond the store's end
@@ -28,7 +29,6 @@ from nbdsnap.engine.snapshot import is_intact
 from nbdsnap.errors import CorruptionError
 from nbdsnap.models import Problem
 from nbdsnap.store import chunkset
-from nbdsnap.store.chunkstore import ChunkStore
 from nbdsnap.store.index import JsonObject, Record
 from nbdsnap.store.layout import BLOCK, BLOCK_SHIFT, CHUNK, CHUNK_SHIFT, LOST_SLOT, ZERO_SLOT, chunk_count
 
@@ -56,6 +56,15 @@ class Source(Protocol):
     def read(self) -> AbstractContextManager[Tables]: ...
 
 
+class Chunks(Protocol):
+    """Where preserved chunks are read from: :class:`~nbdsnap.store.chunkstore.ChunkStore`, or what stands for it."""
+
+    @property
+    def file_slots(self) -> int: ...
+
+    def read_into(self, buffer: memoryview, slot: int) -> None: ...
+
+
 class Checker:
     """One check of one pool, as of one read.  ``data``: verify the checksum of every preserved chunk as well.
 
@@ -65,7 +74,7 @@ class Checker:
     def __init__(
         self,
         source: Source,
-        store: ChunkStore,
+        store: Chunks,
         *,
         data: bool = False,
         progress: Progress | None = None,
@@ -160,6 +169,11 @@ class Checker:
 
     def _check_slots(self, tables: Tables) -> Iterator[Problem]:
         marked = dict(tables.slots())
+        end = self._store.file_slots  # it never shrinks
+        for block, seen in sorted(self._seen.items()):
+            beyond = seen & ~chunkset.span(0, min(max(end - (block << BLOCK_SHIFT), 0), BLOCK))
+            for first, stop in chunkset.runs(beyond):
+                yield _slots_problem("slot", block, first, stop, "in use, and beyond the store's end")
         for block in sorted(marked.keys() | self._seen.keys()):
             used, seen = marked.get(block, 0), self._seen.get(block, 0)
             for first, end in chunkset.runs(seen & ~used):
@@ -240,7 +254,7 @@ class _Unreadable:
         self._kind = None
 
 
-def reads_back(store: ChunkStore, volume: int, record: Record, buffer: memoryview) -> bool:
+def reads_back(store: Chunks, volume: int, record: Record, buffer: memoryview) -> bool:
     """Whether the content of ``record`` is what was preserved.  ``buffer``: a chunk, to work in."""
     if record.slot == ZERO_SLOT:
         buffer[:] = bytes(CHUNK)

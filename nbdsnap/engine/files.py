@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nbdsnap.engine.records import now
 from nbdsnap.errors import CorruptionError, FormatError, NotFoundError
-from nbdsnap.store import pagesums
+from nbdsnap.store import pagesums, structure
 from nbdsnap.store.fileio import FileIO
 from nbdsnap.store.index import Index, IndexWriter, JsonObject
 from nbdsnap.store.layout import (
@@ -63,7 +63,8 @@ def open_index(io: FileIO, path: Path) -> tuple[Index, JsonObject]:
     file = path / INDEX_FILE
     if not file.exists():
         _create_index(io, path)
-    pagesums.verify(io, file)
+    if not pagesums.verify(io, file):
+        structure.verify(io, file)
     index = Index(file)
     try:
         with index.read() as reader:

@@ -19,7 +19,15 @@ from nbdsnap.models import CheckReport, Problem
 from nbdsnap.store.chunkstore import ChunkStore
 from nbdsnap.store.fileio import FileIO
 from nbdsnap.store.intentlog import PAGE, IntentLog, read_intents
-from nbdsnap.store.layout import DEFAULT_LOG_SIZE, FORMAT_VERSION, INDEX_FILE, LOG_FILE, STORE_FILE, STRANDED_FILE
+from nbdsnap.store.layout import (
+    DEFAULT_LOG_SIZE,
+    FORMAT_VERSION,
+    INDEX_FILE,
+    LOG_FILE,
+    MAX_SLOTS,
+    STORE_FILE,
+    STRANDED_FILE,
+)
 from nbdsnap.store.pagesums import damaged_blocks
 from nbdsnap.store.salvage import Damage, Salvage
 
@@ -63,8 +71,13 @@ class OfflinePool:
             salvage.close()
 
     @contextlib.contextmanager
-    def store(self) -> Iterator[ChunkStore]:
-        store = ChunkStore(self.io, self.path / STORE_FILE, [], None)
+    def store(self) -> Iterator[ChunkStore | NoStore]:
+        """The preserved chunks, to be read."""
+        try:
+            store = ChunkStore(self.io, self.path / STORE_FILE, read_only=True)
+        except CorruptionError as error:
+            yield NoStore(error)
+            return
         try:
             yield store
         finally:
@@ -76,6 +89,8 @@ class OfflinePool:
             with self.salvage() as salvage, self.store() as store:
                 salvage.read_all()
                 problems += index_problems(salvage)
+                if isinstance(store, NoStore) and any(True for _ in salvage.slots()):
+                    problems.append(Problem(kind="store", detail=str(store.error)))
                 problems += Checker(OfflineSource(salvage), store, data=data, progress=progress).problems()
         except CorruptionError as error:
             problems.append(Problem(kind="index", detail=str(error)))
@@ -92,6 +107,18 @@ class OfflinePool:
             if damage is not None:
                 problems.append(Problem(kind="log", detail=f"{damage}: acknowledged writes are lost"))
         return problems
+
+
+class NoStore:
+    """In place of a store whose file is not there."""
+
+    file_slots = MAX_SLOTS
+
+    def __init__(self, error: CorruptionError) -> None:
+        self.error = error
+
+    def read_into(self, buffer: memoryview, slot: int) -> None:
+        raise FileNotFoundError(str(self.error))
 
 
 class OfflineSource:

@@ -32,14 +32,13 @@ from dataclasses import dataclass, field
 from heapq import merge
 from itertools import islice
 
-from nbdsnap.engine.check import Checker, Served, load_records, reads_back
+from nbdsnap.engine.check import Checker, Chunks, Served, load_records, reads_back
 from nbdsnap.engine.offline import OfflinePool, OfflineSource
 from nbdsnap.engine.records import SnapshotRecord, VolumeRecord, now
 from nbdsnap.engine.repairlog import LogPlan, plan_log
 from nbdsnap.errors import NoSpaceError
 from nbdsnap.models import RepairStep
 from nbdsnap.store import pagesums
-from nbdsnap.store.chunkstore import ChunkStore
 from nbdsnap.store.index import Index, IndexWriter, JsonObject, Record
 from nbdsnap.store.layout import BLOCK_SHIFT, CHUNK, FORMAT_VERSION, LOST_SLOT, NEW_INDEX_FILE, SUMS_FILE
 from nbdsnap.store.salvage import Salvage, chunks_of_block
@@ -91,7 +90,7 @@ def plan_repair(pool: OfflinePool) -> Plan:
     return plan
 
 
-def _plan_index(plan: Plan, salvage: Salvage, store: ChunkStore) -> None:
+def _plan_index(plan: Plan, salvage: Salvage, store: Chunks) -> None:
     volumes, snapshots = load_records(salvage)
     for number in sorted((salvage.numbers() | snapshots.keys()) - volumes.keys()):
         detail = f"volume number {number}: its record is lost; drop what was preserved for it (its file stays)"
@@ -117,7 +116,7 @@ def _new_meta(highest: int) -> JsonObject:
 
 
 def _plan_volume(
-    plan: Plan, salvage: Salvage, store: ChunkStore, volume: VolumeRecord, snapshots: list[SnapshotRecord]
+    plan: Plan, salvage: Salvage, store: Chunks, volume: VolumeRecord, snapshots: list[SnapshotRecord]
 ) -> VolumePlan:
     planned = VolumePlan(_with_epoch(volume, snapshots), snapshots)
     number = volume.number

@@ -20,7 +20,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from nbdsnap.errors import NoSpaceError
+from nbdsnap.errors import CorruptionError, NoSpaceError
 from nbdsnap.store import chunkset
 from nbdsnap.store.fileio import Buffer, FileIO
 from nbdsnap.store.layout import BLOCK, BLOCK_SHIFT, CHUNK, CHUNK_SHIFT, MAX_SLOTS
@@ -33,15 +33,33 @@ Run = tuple[int, int]
 
 
 class ChunkStore:
-    """``used``: ``(block, set)`` of the slots in use, from the index.  ``limit``: bytes, or None."""
+    """``used``: ``(block, set)`` of the slots in use, from the index.  ``limit``: bytes, or None.
 
-    def __init__(self, io: FileIO, path: Path, used: Iterable[tuple[int, int]], limit: int | None) -> None:
+    The file is made where nothing is in use.  ``read_only``: never; only the reading methods work then.
+    CorruptionError where it is not there, and should be.
+    """
+
+    def __init__(
+        self,
+        io: FileIO,
+        path: Path,
+        used: Iterable[tuple[int, int]] = (),
+        limit: int | None = None,
+        *,
+        read_only: bool = False,
+    ) -> None:
         self._io = io
         self.path = path
         self.limit = limit
-        self.fd = io.open(path, os.O_RDWR | os.O_CREAT)
         self._taken: dict[int, int] = dict(used)
         """Block -> set of slots that are reserved or used."""
+        try:
+            self.fd = io.open(path, os.O_RDONLY if read_only else os.O_RDWR | (0 if self._taken else os.O_CREAT))
+        except FileNotFoundError:
+            raise CorruptionError(
+                f"{path} is missing: it holds what snapshots have preserved",
+                hint="restore it from a backup of the pool; or see: nbdsnap check --repair --dry-run",
+            ) from None
         self.used_slots = sum(taken.bit_count() for taken in self._taken.values())
         """Reserved slots included."""
         self._end_block = max(self._taken, default=-1) + 1
@@ -145,6 +163,11 @@ class ChunkStore:
 
     def will_need(self, slot: int) -> None:
         self._io.will_need(self.fd, slot << CHUNK_SHIFT, CHUNK)
+
+    @property
+    def file_slots(self) -> int:
+        """Slots that lie in the file, the last one perhaps in part."""
+        return (self._io.size(self.fd) + CHUNK - 1) >> CHUNK_SHIFT
 
     @property
     def used_bytes(self) -> int:

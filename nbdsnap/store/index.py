@@ -47,8 +47,6 @@ import errno
 import json
 import os
 import struct
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -363,7 +361,11 @@ class IndexWriter(IndexReader):
 
 
 class Index:
-    """An LMDB environment with the tables, opened.  Raises CorruptionError where the file is damaged."""
+    """An LMDB environment with the tables, opened.
+
+    LMDB believes what is in the file, and a damaged page may end the process: whoever opens a pool has looked at it
+    before (:mod:`nbdsnap.store.pagesums`, :mod:`nbdsnap.store.structure`).
+    """
 
     def __init__(self, path: Path, *, create: bool = False, map_size: int = INITIAL_MAP) -> None:
         self.path = path
@@ -386,7 +388,6 @@ class Index:
             raise _damaged(path, str(error)) from None
         try:
             self._env.reader_check()
-            self._check_length()
             with _lmdb_errors(path):
                 self.tables = {
                     name: self._env.open_db(name.encode(), dupsort=name == "preserved", dupfixed=name == "preserved")
@@ -395,19 +396,6 @@ class Index:
         except BaseException:
             self._env.close()
             raise
-
-    def _check_length(self) -> None:
-        """Refuse a truncated file before a read of its map kills the process.
-
-        LMDB may leave the last pages of a good file unwritten, if they are free.  So a short file is walked, by a
-        process that may die of it.
-        """
-        expected = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
-        if self.path.stat().st_size >= expected:
-            return
-        walk = subprocess.run([sys.executable, "-m", __name__, str(self.path)], capture_output=True, check=False)
-        if walk.returncode != 0:
-            raise _damaged(self.path, f"it is cut short: {self.path.stat().st_size} bytes of {expected}")
 
     def close(self) -> None:
         self._env.close()
@@ -515,15 +503,3 @@ def _is_full(path: Path, code: int | None) -> bool:
 
 def is_supported(meta: JsonObject) -> bool:
     return meta.get("format") == FORMAT_VERSION
-
-
-def _walk(path: str) -> None:
-    """Read every page that is in use; a damaged file may end the process."""
-    with lmdb.open(path, subdir=False, readonly=True, lock=False, max_dbs=16) as env, env.begin() as txn:
-        for name, _ in list(txn.cursor()):
-            for _ in txn.cursor(env.open_db(name, txn=txn, create=False)):
-                pass
-
-
-if __name__ == "__main__":
-    _walk(sys.argv[1])

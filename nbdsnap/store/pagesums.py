@@ -3,7 +3,7 @@
 LMDB's pages have none: a flipped bit in one could send a search astray without notice, or end the process.  So when a
 pool is closed, each 4 KiB of the index get a checksum, in a file beside it; the next start compares, before LMDB sees
 the index, and removes that file, durably, before the index can change.  So where the file is there, the index must be
-what it says.  After a crash it is not there.
+what it says.  After a crash it is not there, and the start looks at the index itself (:mod:`nbdsnap.store.structure`).
 
 File: magic "NBDSNSUM"   u32 version   u32 zero   u64 index bytes   u64 XXH3-64 of each block, seeded with its number
 u64 XXH3-64 of all before.  Big-endian.
@@ -69,14 +69,15 @@ def damaged_blocks(io: FileIO, index: Path) -> list[int] | None:
     return damaged
 
 
-def verify(io: FileIO, index: Path) -> None:
-    """Raise CorruptionError where the index is not what it was at the clean stop."""
+def verify(io: FileIO, index: Path) -> bool:
+    """Raise CorruptionError where the index is not what it was at the clean stop; False where nothing can be said."""
     damaged = damaged_blocks(io, index)
     if damaged:
         raise CorruptionError(
             f"the index {index} is damaged: {len(damaged)} of its pages changed while no server ran",
             hint="`nbdsnap check` says what that affects; the live data is in the origin files, unharmed",
         )
+    return damaged is not None
 
 
 def _sums(io: FileIO, index: Path) -> tuple[int, array[int]]:
