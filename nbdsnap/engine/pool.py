@@ -133,7 +133,7 @@ class Pool:
             )
             refuses = options.on_full == "refuse-writes"
             self._rollbacks = Rollbacks(
-                self._lock, self._index, self._preserver, self._space, self._workers, refuses=refuses
+                self._lock, self._index, self._store, self._preserver, self._space, self._workers, refuses=refuses
             )
             if not refuses:
                 self._preserver.preservation.make_room = self._deletions.make_room

@@ -9,6 +9,9 @@ and ``n``.
 A removed record's chunk still counts as changed since any older snapshot ``p``: the record was useless, hence its
 previous one is of an epoch at or after ``p``, and stays in ``changed``.
 
+A rollback to the newest snapshot makes its records useless in another way: the live data holds the same again
+(:func:`forget_slice`).
+
 The work is done in slices of one transaction each.  A slice asks which snapshots live *now*, so it is right whatever
 was taken or deleted since the work began, and may be done twice: after a crash the whole deletion is simply begun
 again.
@@ -85,11 +88,42 @@ def reclaim_slice(index: Index, volume: int, epochs: list[int], todo: list[Part]
                 left.insert(0, rest)
             else:
                 txn.delete_snapshot(volume, part.snapshot)
-        for (epoch, block), gone in work.gone.items():
-            txn.put_changed(volume, epoch, block, txn.changed_block(volume, epoch, block) & ~gone)
-        txn.change_slots(freed=work.slots)
-        txn.add_usage(volume, work.usage)
+        _enter(txn, volume, work)
         return work.slots, left
+
+    return index.update(change)
+
+
+def _enter(txn: IndexWriter, volume: int, work: Slice) -> None:
+    """Into the tables that follow from ``preserved``."""
+    for (epoch, block), gone in work.gone.items():
+        txn.put_changed(volume, epoch, block, txn.changed_block(volume, epoch, block) & ~gone)
+    txn.change_slots(freed=work.slots)
+    txn.add_usage(volume, work.usage)
+
+
+def forget_slice(index: Index, volume: int, first_epoch: int) -> tuple[list[int], bool]:
+    """Remove, in one transaction, some records of epochs from ``first_epoch`` on, the newest snapshot's: the live data
+    holds the same, durably.
+
+    Returns the freed slots, and whether there may be more to remove.  A record with a later one of its chunk stays: it
+    is the later that the deletion of a snapshot has left for its own reclaiming.
+    """
+
+    def change(txn: IndexWriter) -> tuple[list[int], bool]:
+        work = Slice()
+        steps = 0
+        cursor = txn.cursor(volume)
+        for epoch, block, members in txn.changed(volume, first_epoch, END_OF_EPOCHS):
+            if steps >= SLICE_CHUNKS:
+                break
+            for number in chunkset.iterate(members):
+                previous, record, following = cursor.around((block << BLOCK_SHIFT) + number, epoch)
+                if record is not None and following is None:
+                    _remove(txn, volume, work, previous.epoch if previous else 0, record, None)
+                    steps += 1
+        _enter(txn, volume, work)
+        return work.slots, steps > 0
 
     return index.update(change)
 
@@ -121,8 +155,12 @@ def _remove_if_useless(
     if record is None:
         return
     before = previous.epoch if previous else 0
-    if bisect_right(epochs, record.epoch) > bisect_right(epochs, before):
-        return
+    if bisect_right(epochs, record.epoch) == bisect_right(epochs, before):
+        _remove(txn, volume, work, before, record, following)
+
+
+def _remove(txn: IndexWriter, volume: int, work: Slice, before: int, record: Record, following: Record | None) -> None:
+    """``before``: the epoch of the chunk's previous record, or 0."""
     txn.delete_preserved(volume, record)
     where = record.epoch, record.chunk >> BLOCK_SHIFT
     work.gone[where] = work.gone.get(where, 0) | 1 << (record.chunk & (BLOCK - 1))

@@ -5,8 +5,9 @@ epoch.  Until then nothing has changed; from then on, after a crash too, the vol
 what is left is to put it in place::
 
     writes wait, what was acknowledged is in place  <  the record says ``rollback``  <  reads see the snapshot
-    <  what changed since the snapshot is written over, in steps  <  synced  <  the record forgets it
-    <  reads see the volume itself, writes go on
+    <  what changed since the snapshot is written over, in steps  <  synced
+    (<  where it is the newest snapshot: the index forgets what it has of it  <  these slots are free)
+    <  the record forgets it  <  reads see the volume itself, writes go on
 
 * Only what changed since the snapshot is written, by the volume's ordinary operations: so whatever another snapshot
   still needs is preserved first, and a chunk that needs nothing is written in place.
@@ -15,6 +16,8 @@ what is left is to put it in place::
 * Steps are commands of the preserver, between which other volumes' operations have their turn.
 * Done twice, a step does no harm, so nothing is remembered of how far it came: a start begins again, before the volume
   is served.
+* The newest snapshot then differs in nothing from the live volume, and takes no space: no older state of the volume
+  needs what was preserved since.
 * The snapshot is open as long as that lasts, and its epoch is in the record: it can't be deleted, or dropped.
 
 Where it can't go on (no space for what newer snapshots need, a disk that fails), reads still see the snapshot, and
@@ -34,19 +37,20 @@ from functools import partial
 from nbdsnap.engine.device import STATE_HOLE, STATE_ZERO, Device, Op, OpKind
 from nbdsnap.engine.diff import changed_blocks, extents
 from nbdsnap.engine.preserver import Preserver
-from nbdsnap.engine.reclaim import END_OF_EPOCHS
+from nbdsnap.engine.reclaim import END_OF_EPOCHS, forget_slice
 from nbdsnap.engine.records import SnapshotRecord, VolumeRecord, VolumeState
 from nbdsnap.engine.space import Space
 from nbdsnap.engine.volume import Volume
 from nbdsnap.errors import ConflictError, CorruptionError, InUseError, NbdsnapError, NoSpaceError
 from nbdsnap.models import RollbackReport
 from nbdsnap.sizes import format_size
+from nbdsnap.store.chunkstore import ChunkStore
 from nbdsnap.store.index import Index
 from nbdsnap.store.layout import CHUNK
 
 log = logging.getLogger(__name__)
 
-Run = Callable[[Callable[[], None]], None]
+Run = Callable[[Callable[[], bool]], bool]
 Progress = Callable[[int, int], None]
 """Gets the bytes that are done, and all of them."""
 
@@ -121,6 +125,7 @@ class Rollbacks:
         self,
         lock: threading.RLock,
         index: Index,
+        store: ChunkStore,
         preserver: Preserver,
         space: Space,
         workers: Executor,
@@ -129,6 +134,7 @@ class Rollbacks:
     ) -> None:
         self._lock = lock
         self._index = index
+        self._store = store
         self._preserver = preserver
         self._space = space
         self._workers = workers
@@ -238,7 +244,9 @@ class Rollbacks:
                 run(partial(self._apply, volume, steps))
                 done += sum(step.op.length for step in steps)
                 _report(progress, done, total)
-            volume.sync_in_place()  # the long part, while other volumes go on
+            volume.sync_in_place()
+            while run(partial(self._forget, target)):
+                pass
             run(partial(self._end, target))
         except _AbandonedError:
             raise
@@ -254,19 +262,31 @@ class Rollbacks:
         with contextlib.suppress(Exception):
             self._finish(target, self._preserver.run, None)
 
-    def _apply(self, volume: Volume, steps: Sequence[_Step]) -> None:
+    def _apply(self, volume: Volume, steps: Sequence[_Step]) -> bool:
         self._preserver.execute(volume, [step.op for step in steps])
         for step in steps:
             if step.failure is not None:
                 raise step.failure
+        return True
 
-    def _end(self, target: Target) -> None:
+    def _forget(self, target: Target) -> bool:
+        """Of what was put in place, and is synced.  Whether there is more."""
         volume = target.volume
-        volume.sync_in_place()
+        if target.snapshot.epoch != volume.newest_epoch:
+            return False
+        slots, more = forget_slice(self._index, volume.record.number, target.snapshot.epoch)
+        volume.generation += 1  # before the slots are used again: see SnapshotDevice
+        self._store.free(slots)
+        return more
+
+    def _end(self, target: Target) -> bool:
+        volume = target.volume
         self._put(volume, replace(volume.record, rollback=None))
+        volume.forget_exclusive()
         volume.unpark()
         target.view.close()
         self._running.discard(volume)
+        return True
 
     def _put(self, volume: Volume, record: VolumeRecord) -> None:
         self._index.update(lambda txn: txn.put_volume(record.number, record.to_json()))
@@ -368,8 +388,8 @@ def _unfinished(target: Target, error: BaseException) -> BaseException:
     return NbdsnapError(f"the rollback of volume {target.volume.name} to {target.name} is not finished: {error}")
 
 
-def _run_here(command: Callable[[], None]) -> None:
-    command()
+def _run_here(command: Callable[[], bool]) -> bool:
+    return command()
 
 
 def find_target(state: VolumeState) -> SnapshotRecord | None:

@@ -11,7 +11,9 @@ read; but the preserver commits the record, then raises the volume's ``generatio
 3. generation unchanged: done.  Else look up again: a chunk that has a record now is read from the store; one that
    still has none was not overwritten before this second look, hence not during the read.
 
-Every chunk read from the store is checked against its checksum.
+Every chunk read from the store is checked against its checksum.  A rollback to the newest snapshot takes the records of
+what is in place again away, raises the generation, and only then are the slots written again.  So a chunk that is not
+what its record says is looked up again where the generation has moved; else it is damaged.
 """
 
 from __future__ import annotations
@@ -120,9 +122,25 @@ class SnapshotDevice:
     ) -> bool:
         """Fill ``buffer``; ``live`` and ``stored`` read from the origin and the store, or return False, as this does
         then."""
+        while True:
+            generation = self._volume.generation
+            try:
+                return self._read_as_of(generation, buffer, offset, live, stored)
+            except CorruptionError as error:
+                if self._volume.generation == generation:
+                    log.error("%s", error)
+                    raise
+
+    def _read_as_of(
+        self,
+        generation: int,
+        buffer: memoryview,
+        offset: int,
+        live: Callable[[memoryview, int], bool],
+        stored: Callable[[memoryview, int], bool],
+    ) -> bool:
         volume = self._volume
         end = offset + len(buffer)
-        generation = volume.generation
         records = self._lookup(offset, end)
         position = offset
         for record in records:
@@ -191,14 +209,9 @@ class SnapshotDevice:
         if record.slot == LOST_SLOT:
             raise CorruptionError(f"{self.name}: the data at offset {where} was lost to earlier damage")
         if not is_intact(self._volume.record.number, record, data):
-            log.error(
-                "volume %s, snapshot %s, offset %d: the preserved chunk (slot %d of the store) is damaged",
-                *self.name.split("@"),
-                where,
-                record.slot,
-            )
             raise CorruptionError(
-                f"{self.name}: the data at offset {where} is damaged", hint="run: nbdsnap check --data"
+                f"{self.name}: the data at offset {where} (slot {record.slot} of the store) is damaged",
+                hint="run: nbdsnap check --data",
             )
 
     def _extents(self, offset: int, records: list[Record], length: int, live_holes: bool) -> list[tuple[int, int]]:

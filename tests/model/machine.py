@@ -252,6 +252,9 @@ class PoolMachine(RuleBasedStateMachine):
         model = self.volumes[volume]
         image = model.snapshots[name][0]
         differing = len(model.live.differing(image))
+        if name == list(model.snapshots)[-1]:  # nothing differs from it any more, and nothing is kept for it
+            model.live, model.operated = (one.copy() for one in model.snapshots[name])
+            return differing
         number = self._next()
         for chunk in model.live.touched_since(image):
             offset = chunk * CHUNK

@@ -128,6 +128,40 @@ def test_cost_is_the_difference(rolled: Rolled) -> None:
     rolled.check(blocks("x"))
 
 
+def test_newest_snapshot_takes_no_space_then(rolled: Rolled) -> None:
+    before = rolled.pool.status().store.used_bytes
+    rolled.pool.rollback("a@new")
+    assert rolled.pool.status().store.used_bytes == before - SIZE
+    assert list(rolled.pool.diff("a@new")) == []
+    assert rolled.pool.rollback("a@new").bytes == 0
+    rolled.check(rolled.content["new"])
+    device = rolled.pool.open_device("a")
+    write(device, CHUNK, b"again")  # what it holds now is preserved again
+    device.close()
+    assert [(one.offset, one.length) for one in rolled.pool.diff("a@new")] == [(CHUNK, CHUNK)]
+    rolled.check(blocks("n", 1) + b"again" + rolled.content["new"][CHUNK + 5 :])
+
+
+def test_reader_of_the_newest_snapshot(rolled: Rolled, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its look into the index and its reading, a rollback frees the slots."""
+    device = rolled.pool.open_device("a@new")
+    original = rolled.pool._store.read_into
+    calls: list[int] = []
+
+    def read_into(buffer: memoryview, slot: int) -> None:
+        calls.append(slot)
+        if len(calls) == 1:
+            rolled.pool._store.read_into = original  # type: ignore[method-assign]
+            rolled.pool.rollback("a@new")
+        original(buffer, slot)
+
+    monkeypatch.setattr(rolled.pool._store, "read_into", read_into)
+    assert read(device, 0, SIZE, now=False) == rolled.content["new"]
+    assert calls
+    device.close()
+    rolled.check(rolled.content["new"])
+
+
 def test_dry_run_changes_nothing(rolled: Rolled) -> None:
     planned = rolled.pool.rollback("a@old", dry_run=True)
     assert (planned.bytes, planned.preserved_bytes) == (SIZE, 0)  # what "new" needs is in the store already
