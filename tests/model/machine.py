@@ -6,8 +6,10 @@ exactly what the snapshots need.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,8 +22,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from nbdsnap.engine import preserver, reclaim
 from nbdsnap.engine.device import STATE_HOLE, STATE_ZERO, Device, OpKind
-from nbdsnap.errors import AlreadyExistsError, InUseError
+from nbdsnap.errors import AlreadyExistsError, InUseError, ServerError
 from tests.model.image import CHUNK, Image, content, shares
+from tests.support.deadline import wait_until
 from tests.support.device import flush, read, submit, wait_all, write
 from tests.support.targets import Target
 
@@ -276,6 +279,76 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def close_snapshot(self, data: st.DataObject) -> None:
         self.target.close(self.opened.pop(data.draw(st.sampled_from(sorted(self.opened)))))
+
+    # --- kills ---
+
+    @precondition(lambda self: self.target.can_be_killed() and self._names())
+    @rule(data=st.data(), delay_ms=st.integers(0, 25))
+    def kill(self, data: st.DataObject, delay_ms: int) -> None:
+        """In the middle of a command: it was done, or not at all; and nothing that was acknowledged is lost."""
+        closed = [name for name in self._names() if name not in self.opened]
+        kinds = ["snapshot", "rollback", "delete"] if closed else ["snapshot", "rollback"]
+        kind = data.draw(st.sampled_from(kinds))
+        if kind == "snapshot":
+            name = f"s{self._next()}"
+            group = [f"{volume}@{name}" for volume in SIZES]
+            acknowledged = self._kill_during(lambda: self.target.snapshot_create(group), delay_ms)
+            there = self._all_or_none(group)
+            assert there or not acknowledged
+            if there:
+                for model in self.volumes.values():
+                    model.snapshots[name] = model.live.copy(), model.operated.copy()
+        elif kind == "delete":
+            doomed = data.draw(st.lists(st.sampled_from(closed), min_size=1, max_size=4, unique=True))
+            acknowledged = self._kill_during(lambda: self.target.snapshot_delete(doomed), delay_ms)
+            there = self._all_or_none(doomed)
+            assert not (there and acknowledged)
+            if not there:
+                self._forget(doomed)
+            wait_until(self._has_nothing_unneeded, "the space of deleted snapshots to be given back")
+        else:
+            volume, _, name = data.draw(st.sampled_from(self._names())).partition("@")
+            acknowledged = self._kill_during(lambda: self.target.rollback(f"{volume}@{name}", force=True), delay_ms)
+            model = self.volumes[volume]
+            found = read(self._live(volume), 0, SIZES[volume])
+            if acknowledged or found != model.live.read(0, SIZES[volume]):
+                self._roll_back_model(volume, name)
+            elif not model.live.differing(model.snapshots[name][0]):
+                self.target.rollback(f"{volume}@{name}", force=True)  # no one can tell whether it has happened
+                self._roll_back_model(volume, name)
+            assert found == model.live.read(0, SIZES[volume])
+        assert {f"{info.volume}@{info.name}" for info in self.target.snapshot_list()} == set(self._names())
+
+    def _kill_during(self, command: Callable[[], object], delay_ms: int) -> bool:
+        """Whether ``command`` was acknowledged before."""
+        acknowledged: list[object] = []
+
+        def run() -> None:
+            with contextlib.suppress(ServerError):
+                acknowledged.append(command())
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        threading.Event().wait(delay_ms / 1000)  # the moment of the kill is what this rule is about
+        self.target.kill()
+        thread.join()
+        for device in [device for devices in self.live.values() for device in devices] + [*self.opened.values()]:
+            device.close()
+        self.live.clear()
+        self.opened.clear()
+        self.target.start()
+        self._open_live()
+        return bool(acknowledged)
+
+    def _all_or_none(self, names: list[str]) -> bool:
+        """Whether the snapshots are there."""
+        found = {f"{info.volume}@{info.name}" for info in self.target.snapshot_list()} & set(names)
+        assert not found or found == set(names)
+        return bool(found)
+
+    def _has_nothing_unneeded(self) -> bool:
+        status = self.target.status()
+        return status.store.used_bytes == sum(entry.bytes for entry in status.sharing)
 
     # --- looking ---
 

@@ -50,6 +50,14 @@ class Target(Protocol):
     def restart(self) -> None:
         """Stop cleanly and start again.  All devices are closed."""
 
+    def can_be_killed(self) -> bool: ...
+
+    def kill(self) -> None:
+        """At once, with whatever is under way.  What is open breaks."""
+
+    def start(self) -> None:
+        """After :meth:`kill`."""
+
     def stop(self) -> None:
         """Cleanly."""
 
@@ -104,6 +112,15 @@ class EngineTarget:
     def restart(self) -> None:
         self.pool.close()
         self._open()
+
+    def can_be_killed(self) -> bool:
+        return False
+
+    def kill(self) -> None:
+        raise AssertionError("that would kill the test")
+
+    def start(self) -> None:
+        raise AssertionError("it was never killed")
 
     def stop(self) -> None:
         self.pool.close()
@@ -198,12 +215,13 @@ class ServerTarget:
         self.stop()
         self._start()
 
+    def can_be_killed(self) -> bool:
+        return True
+
     def kill(self) -> None:
-        """SIGKILL: what is open breaks."""
         self.server.kill()
 
     def start(self) -> None:
-        """After :meth:`kill`."""
         self._close_control()
         self._open.clear()
         self._start()
