@@ -21,6 +21,7 @@ from nbdsnap.nbd.constants import (
     NBD_CMD_CACHE,
     NBD_CMD_DISC,
     NBD_CMD_FLAG_PAYLOAD_LEN,
+    NBD_CMD_FLAG_REQ_ONE,
     NBD_CMD_FLUSH,
     NBD_CMD_READ,
     NBD_CMD_TRIM,
@@ -43,7 +44,8 @@ Buffer = bytes | bytearray | memoryview
 
 NO_PAYLOAD: Final = -1
 DROPPED: Final = -2
-"""The payload was larger than allowed and has been thrown away: answer the request with an error."""
+"""The payload was larger than allowed and has been thrown away: answer the request with the error that
+:func:`check_request` finds, or else with NBD_EINVAL."""
 
 MAX_DROPPED_PAYLOAD: Final = 4 * MAX_PAYLOAD
 """Bytes of a payload that are thrown away to keep a client that merely asked for too much; beyond it, the connection is
@@ -207,8 +209,8 @@ def check_request(
     """0, or the NBD error that a request gets once its payload is consumed (proto.md, "Error values").
 
     ``length`` is the effect length: of a BLOCK_STATUS with a payload, what :func:`status_query` returns.
-    NBD_CMD_DISC is none of its business.  A length of 0 is no error, but for BLOCK_STATUS, whose success would need an
-    extent of at least one byte.
+    NBD_CMD_DISC is none of its business.  A length of 0 is no error.  The success of a BLOCK_STATUS needs an extent of
+    at least one byte, though: one of length 0 has it behind its end, where there is something, unless REQ_ONE forbids.
     """
     if command not in _KNOWN or flags & ~session.allowed_flags[command]:
         return NBD_EINVAL
@@ -224,8 +226,9 @@ def check_request(
         return NBD_EINVAL
     if command == NBD_CMD_READ and length > session.export.maximum_payload:
         return NBD_EOVERFLOW if session.structured else NBD_EINVAL
-    if command == NBD_CMD_BLOCK_STATUS and (not session.contexts or not length):
-        return NBD_EINVAL
+    if command == NBD_CMD_BLOCK_STATUS:
+        impossible = not length and (flags & NBD_CMD_FLAG_REQ_ONE or offset == export_size)
+        return NBD_EINVAL if impossible or not session.contexts else 0
     return 0
 
 

@@ -173,12 +173,11 @@ class DataPath:
             self._serve(requests, data)
             self.finish()
             return
-        if requests:
-            self._expect_body = False
-            if self._refusing:
-                self._refuse(requests)
-            else:
-                self._serve(requests, data)
+        self._expect_body = False
+        if requests and self._refusing:
+            self._refuse(requests)
+        elif requests:
+            self._serve(requests, data)
         self._keep(data, position, end, BODY_MIN if again and not requests else WRITE_INLINE)
 
     def _keep(self, data: memoryview, position: int, end: int, body_min: int = WRITE_INLINE) -> None:

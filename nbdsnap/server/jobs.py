@@ -1,13 +1,14 @@
 """Requests that can't be answered on the spot: each becomes a job, which replies when it is done.
 
-============  =============================================  ==========================
-job           for                                            works on
-============  =============================================  ==========================
-(reads.py)    READs that are not in memory, or long          a worker
-Modify        WRITE, FLUSH, TRIM, WRITE_ZEROES               the engine (Device.submit)
-StatusJob     BLOCK_STATUS                                   a worker
-CacheJob      CACHE                                          a worker
-============  =============================================  ==========================
+==============  =============================================  ==================================
+job             for                                            works on
+==============  =============================================  ==================================
+(reads.py)      READs that are not in memory, or long          a worker
+Modify          WRITE, FLUSH                                   the engine (Device.submit)
+ModifyInPieces  TRIM, WRITE_ZEROES                             the engine, a piece after the other
+StatusJob       BLOCK_STATUS                                   a worker
+CacheJob        CACHE                                          a worker
+==============  =============================================  ==================================
 
 A job counts on its connection from ``begin`` to ``end`` (both on the loop's thread), with the bytes it holds.  ``run``
 is on another thread and never raises; ``finish`` is on the loop's, also when the connection has gone meanwhile: then it
@@ -48,11 +49,21 @@ from nbdsnap.server.reads import start_read
 if TYPE_CHECKING:
     from nbdsnap.server.datapath import DataPath
 
+PIECE = 1 << 30
+"""Bytes of a TRIM or WRITE_ZEROES that the engine gets at a time: what it keeps of one operation grows with the chunks
+in it, and extended headers allow lengths of 64 bits."""
+
+CACHE_MOST = 256 << 20
+"""Bytes that one CACHE reads ahead: it is a hint, and no page cache holds a whole disk."""
+
 STATUS_WINDOW = 256 << 20
 """Bytes that the engine is asked about at a time, so that one request does not list a whole fragmented disk."""
 
 STATUS_EXTENTS = 16 << 10
 """Extents after which a block status ends early, as the protocol allows: its client asks on from there."""
+
+STATUS_LEAST = 4096
+"""Bytes that a block status of length 0 is answered for, as far as there are so many."""
 
 _REFUSALS: Final = {
     NBD_EPERM: "the export is read-only",
@@ -71,8 +82,6 @@ def start_request(path: DataPath, request: Request, data: memoryview, buffer: me
     command, flags, cookie, offset, length, position = request
     if command == NBD_CMD_DISC:
         return None
-    if position == DROPPED:
-        return path.replies.error(cookie, offset, NBD_EINVAL, f"{length} bytes are more than a payload may have")
     payload = data[position : position + length] if position >= 0 else None
     contexts: tuple[tuple[int, str], ...] = ()
     effect = length
@@ -84,22 +93,27 @@ def start_request(path: DataPath, request: Request, data: memoryview, buffer: me
     size = path.device.size
     error = check_request(command, flags, offset, effect, size, path.session.export.read_only, path.session)
     if error:
-        return path.replies.error(cookie, offset, error, _refusal(error, offset, effect, size))
+        return _refuse(path, request, error, effect, size)
+    if position == DROPPED:
+        return path.replies.error(cookie, offset, NBD_EINVAL, f"{length} bytes are more than a payload may have")
     if command == NBD_CMD_READ:
         return start_read(path, request)
     if command == NBD_CMD_WRITE:
         assert payload is not None
         return _start_write(path, request, payload, buffer)
     if command == NBD_CMD_BLOCK_STATUS:
-        StatusJob(path, request, effect, contexts).start()
+        StatusJob(path, request, effect or min(STATUS_LEAST, size - offset), contexts).start()
         return None
     return _START[command](path, request)
 
 
-def _refusal(error: int, offset: int, length: int, size: int) -> str:
+def _refuse(path: DataPath, request: Request, error: int, length: int, size: int) -> bytes:
+    """The error's reply, with a text, and with the first byte that is past the end where that is the reason."""
+    _, _, cookie, offset, _, _ = request
     if error in (NBD_EINVAL, NBD_ENOSPC) and offset + length > size:
-        return f"{length} bytes at {offset} are past the end, {size}"
-    return _REFUSALS[error]
+        text = f"{length} bytes at {offset} are past the end, {size}"
+        return path.replies.error(cookie, offset, error, text, max(offset, size) if length else None)
+    return path.replies.error(cookie, offset, error, _REFUSALS[error])
 
 
 def _start_write(path: DataPath, request: Request, payload: memoryview, buffer: memoryview | None) -> bytes | None:
@@ -123,11 +137,10 @@ def _start_flush(path: DataPath, request: Request) -> bytes | None:
 
 
 def _start_trim(path: DataPath, request: Request) -> bytes | None:
-    _, flags, cookie, offset, length, _ = request
+    _, _, cookie, offset, length, _ = request
     if not length:
         return path.replies.success(cookie, offset)
-    job = Modify(path, request)
-    job.start(Op(OpKind.TRIM, offset, length, job, fua=bool(flags & NBD_CMD_FLAG_FUA)))
+    ModifyInPieces(path, request, OpKind.TRIM).begin()
     return None
 
 
@@ -139,8 +152,7 @@ def _start_zero(path: DataPath, request: Request) -> bytes | None:
     no_hole = bool(flags & NBD_CMD_FLAG_NO_HOLE)
     if no_hole and flags & NBD_CMD_FLAG_FAST_ZERO:
         return path.replies.error(cookie, offset, NBD_ENOTSUP, "zeroing without a hole may be slow")
-    job = Modify(path, request)
-    job.start(Op(OpKind.ZERO, offset, length, job, fua=bool(flags & NBD_CMD_FLAG_FUA), no_hole=no_hole))
+    ModifyInPieces(path, request, OpKind.ZERO, no_hole).begin()
     return None
 
 
@@ -193,6 +205,53 @@ class Modify:
         path.end(self.held)
 
 
+class ModifyInPieces:
+    """A TRIM or WRITE_ZEROES, a piece after the other.  With FUA the last one's sync covers all."""
+
+    __slots__ = ("_done", "_kind", "_no_hole", "_path", "_request")
+
+    def __init__(self, path: DataPath, request: Request, kind: OpKind, no_hole: bool = False) -> None:
+        self._path = path
+        self._request = request
+        self._kind = kind
+        self._no_hole = no_hole
+        self._done = 0
+
+    def begin(self) -> None:
+        self._path.begin(0)
+        try:
+            self._next()
+        except BaseException:
+            self._path.end(0)
+            raise
+
+    def _next(self) -> None:
+        _, flags, _, offset, length, _ = self._request
+        start = offset + self._done
+        step = min(PIECE, length - self._done)
+        self._done += step
+        fua = bool(flags & NBD_CMD_FLAG_FUA) and self._done == length
+        self._path.device.submit(Op(self._kind, start, step, self._finish_piece, fua=fua, no_hole=self._no_hole))
+
+    def _finish_piece(self, error: BaseException | None) -> None:
+        """On the engine's thread."""
+        self._path.context.completions.post(self._go_on, error)
+
+    def _go_on(self, error: BaseException | None) -> None:
+        path = self._path
+        if error is None and self._done < self._request[4]:
+            try:
+                self._next()
+                return
+            except Exception as failure:
+                error = failure
+        if error is None:
+            path.reply(path.replies.success(self._request[2], self._request[3]))
+        else:
+            path.reply(path.failure(self._request, error))
+        path.end(0)
+
+
 class WorkerJob:
     """What runs on a worker: ``work`` there, then ``finish`` on the loop."""
 
@@ -230,7 +289,7 @@ class CacheJob(WorkerJob):
 
     def work(self) -> bytes:
         _, _, cookie, offset, length, _ = self.request
-        self.path.device.cache(offset, length)
+        self.path.device.cache(offset, min(length, CACHE_MOST))
         return self.path.replies.success(cookie, offset)
 
 

@@ -285,7 +285,8 @@ class Client:
 
 def _assemble(cookie: int, sent: Sent) -> Reply:
     reply = Reply(cookie, sent.command, sent.messages)
-    data = bytearray(sent.length if sent.command == READ else 0)
+    is_read = sent.command == READ and not any(message.error for message in sent.messages)
+    data = bytearray(sent.length if is_read else 0)
     covered: list[tuple[int, int]] = []
     for message in sent.messages:
         if message.error:
@@ -306,7 +307,7 @@ def _assemble(cookie: int, sent: Sent) -> Reply:
         elif message.context_id is not None:
             assert message.context_id not in reply.extents
             reply.extents[message.context_id] = message.extents
-    if sent.command == READ and not reply.error:
+    if is_read:
         _check_cover(covered, sent.length)
         reply.data = bytes(data)
     return reply

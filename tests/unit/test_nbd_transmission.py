@@ -287,8 +287,11 @@ def test_length_0_is_success(command: int) -> None:
         assert check(command, offset, 0) == 0
 
 
-def test_block_status_of_length_0_is_einval_because_no_extent_can_answer_it() -> None:
-    assert check(BLOCK_STATUS, 0, 0) == EINVAL
+def test_block_status_of_length_0_is_success_where_an_extent_can_answer_it() -> None:
+    for offset in (0, 4096, SIZE - 1):
+        assert check(BLOCK_STATUS, offset, 0) == 0
+        assert check(BLOCK_STATUS, offset, 0, REQ_ONE) == EINVAL
+    assert check(BLOCK_STATUS, SIZE, 0) == EINVAL
 
 
 def test_flush_with_an_offset_or_a_length_is_einval() -> None:

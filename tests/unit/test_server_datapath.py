@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdsnap.server import jobs
 from nbdsnap.server.reads import READ_PIECE, READ_WHOLE
 from tests.support.blocks import stamped, write_stamped
 from tests.support.client import Client, NbdError, Reply
@@ -188,7 +189,9 @@ def test_writes_64_mib_and_goes_on(server: ServerThread, raw: RawFile, dialect: 
 @pytest.mark.parametrize("dialect", DIALECTS[:2])  # extended headers ask for a disconnect instead
 def test_a_payload_too_long_is_refused_and_the_stream_stays_in_step(server: ServerThread, dialect: str) -> None:
     with server.client("vol", dialect) as client:
-        assert client.error(WRITE, 0, (64 << 20) + 1, payload=bytes((64 << 20) + 1)) == EINVAL
+        too_long = bytes((64 << 20) + 1)
+        assert client.error(WRITE, 0, len(too_long), payload=too_long) == EINVAL
+        assert client.error(WRITE, SIZE - 512, len(too_long), payload=too_long) == ENOSPC
         client.write(0, b"still in step")
         assert client.read(0, 13) == b"still in step"
 
@@ -299,6 +302,57 @@ def test_cache(server: ServerThread, raw: RawFile, dialect: str) -> None:
         client.cache(5, 1 << 20)
 
 
+@ALL
+def test_long_trims_and_zeroes_go_to_the_engine_in_pieces(
+    server: ServerThread, raw: RawFile, dialect: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the engine keeps of an operation grows with the chunks in it, and a length may have 64 bits."""
+    monkeypatch.setattr(jobs, "PIECE", 20_000)
+    syncs = raw.syncs
+    with server.client("vol", dialect) as client:
+        client.trim(5_000, 50_001, FUA)
+        assert raw.syncs == syncs + 1
+        client.zero(100_000, 20_000)
+        client.zero(200_000, 20_001, NO_HOLE)
+        data = client.read(0, 1 << 20)
+        raw.faults[50_000] = OSError(EIO, "the disk is dying")
+        for command in (TRIM, WRITE_ZEROES):
+            assert client.error(command, 0, 100_000) == EIO
+    expected = bytearray(stamped(SEED, 0, 1 << 20))
+    for start, end in ((5_000, 55_001), (100_000, 120_000), (200_000, 220_001)):
+        expected[start:end] = bytes(end - start)
+    assert data == expected
+
+
+def test_lengths_of_more_than_32_bits(tmp_path: Path) -> None:
+    """Extended headers alone can ask that: 20 GiB less a byte, in one request each."""
+    size = 20 << 30
+    path = tmp_path / "huge.img"
+    with path.open("wb") as file:
+        file.truncate(size)
+    raw = RawFile(path)
+    running = ServerThread(RawPool({"vol": raw}))
+    try:
+        with running.client("vol", "extended", CONTEXT) as client:
+            client.write(15 << 30, b"data")
+            before, data, after = client.status(1, size - 1)
+            assert before == ((15 << 30) - 1, 3) and sum(length for length, _ in (before, data, after)) == size - 1
+            assert data[1] == 0 and after[1] == 3
+            assert client.status(0, size, REQ_ONE) == ((15 << 30, 3),)
+            client.cache(0, size)
+            assert client.error(READ, 0, 1 << 33) == EOVERFLOW
+            client.zero(1, size - 1)
+            assert client.read(15 << 30, 4) == bytes(4)
+            client.write(15 << 30, b"data")
+            client.trim(0, size, FUA)
+            assert client.status(0, size) == ((size, 3),)
+            assert client.error(TRIM, 1, size) == EINVAL
+            assert client.error(WRITE_ZEROES, 1 << 63, (1 << 64) - 1) == ENOSPC
+    finally:
+        running.stop()
+        raw.close()
+
+
 # BLOCK_STATUS
 
 
@@ -311,8 +365,17 @@ def test_block_status(server: ServerThread, raw: RawFile, dialect: str) -> None:
         assert client.status(2 << 20, 1 << 20, REQ_ONE) == ((1 << 20, 3),)
         client.trim(65536, 65536)
         assert client.status(0, 262144) == ((65536, 0), (65536, 3), (131072, 0))
-        assert client.error(BLOCK_STATUS, 0, 0) == EINVAL
         assert client.error(BLOCK_STATUS, SIZE - 1, 2) == EINVAL
+
+
+@CHUNKS
+def test_block_status_of_length_0_describes_what_follows(server: ServerThread, dialect: str) -> None:
+    with server.client("vol", dialect, CONTEXT) as client:
+        assert client.status(0, 0) == ((4096, 0),)
+        assert client.status(SIZE - 5, 0) == ((5, 3),)
+        assert client.error(BLOCK_STATUS, SIZE, 0) == EINVAL
+        assert client.error(BLOCK_STATUS, 0, 0, REQ_ONE) == EINVAL
+        assert client.status(0, 512) == ((512, 0),)
 
 
 @ALL
@@ -328,6 +391,32 @@ def test_block_status_of_one_context_of_a_payload(server: ServerThread) -> None:
         payload = (8192).to_bytes(8, "big") + context_id.to_bytes(4, "big")
         reply = client.call(BLOCK_STATUS, 0, len(payload), 0, payload)
         assert reply.extents == {context_id: ((8192, 0),)}
+
+
+def test_payloads_that_say_nothing_sensible(server: ServerThread) -> None:
+    client = Client(server.connect()).extended()
+    (context_id,) = client.set_contexts("vol", CONTEXT).values()
+    with client.go("vol"):
+        one = context_id.to_bytes(4, "big")
+        for payload in (
+            b"",
+            bytes(7),
+            (4096).to_bytes(8, "big"),
+            (4096).to_bytes(8, "big") + one + b"x",
+            (4096).to_bytes(8, "big") + one + one,
+            (4096).to_bytes(8, "big") + (99).to_bytes(4, "big"),
+            (SIZE + 1).to_bytes(8, "big") + one,
+            (4096).to_bytes(8, "big") + one * 5000,
+        ):
+            assert client.error(BLOCK_STATUS, 0, len(payload), PAYLOAD_LEN, payload) == EINVAL
+        assert client.error(READ, 0, 4, PAYLOAD_LEN, b"1234") == EINVAL
+        assert client.read(0, 4096) == stamped(SEED, 0, 4096), "out of step"
+
+
+def test_a_write_without_its_flag_has_no_payload(server: ServerThread) -> None:
+    with server.client("vol", "extended") as client:
+        assert client.error(WRITE, 0, 4096) == EINVAL
+        assert client.read(0, 4096) == stamped(SEED, 0, 4096), "out of step"
 
 
 def test_a_fragmented_file_is_told_in_parts(server: ServerThread, raw: RawFile) -> None:
@@ -376,6 +465,8 @@ def test_nothing_modifies_a_read_only_export(server: ServerThread, raw: RawFile,
     with server.client("vol", dialect) as client:
         assert client.error(WRITE, 0, 4, payload=b"1234") == EPERM
         assert client.error(WRITE, 0, 1 << 20, payload=bytes(1 << 20)) == EPERM
+        if dialect != "extended":  # which asks for a disconnect instead
+            assert client.error(WRITE, 0, (64 << 20) + 1, payload=bytes((64 << 20) + 1)) == EPERM
         assert client.error(TRIM, 0, 4096) == EPERM
         assert client.error(WRITE_ZEROES, 0, 4096) == EPERM
         client.flush()
@@ -388,6 +479,9 @@ def test_an_error_chunk_says_why(server: ServerThread, dialect: str) -> None:
         reply = client.wait(client.send(READ, SIZE, 1))
         assert "past the end" in reply.text
         assert str(SIZE) in reply.text
+        for command, length in ((READ, 4096), (TRIM, 4096), (WRITE_ZEROES, 4096), (CACHE, 4096), (READ, 0)):
+            (message,) = client.wait(client.send(command, SIZE - 100, length)).messages
+            assert message.offset == (SIZE if length else None), "the first byte that is past the end"
 
 
 @ALL
