@@ -7,8 +7,9 @@ Two ways in, for two kinds of caller:
 
 * ``*_now`` never waits for a disk or for another thread longer than a few microseconds.  It does the whole
   operation and returns True, or does nothing and returns False: then use the other way.  For an event loop's thread.
-* ``read``, ``extents`` and ``cache`` may wait for a disk: call them on a worker thread.  ``submit`` queues a modifying
-  operation for the engine's own threads, and returns at once; its ``done`` is called later, on an engine thread.
+* ``read``, ``cache`` and all that is about extents may wait for a disk: call them on a worker thread.  ``submit``
+  queues a modifying operation for the engine's own threads, and returns at once; its ``done`` is called later, on an
+  engine thread.
 
 Ranges are half-open byte ranges, of any alignment.  The caller has checked them against ``size``; length is positive.
 Errors are raised (or handed to ``done``) as :class:`~nbdsnap.errors.NbdsnapError` or OSError.
@@ -16,13 +17,19 @@ Errors are raised (or handed to ``done``) as :class:`~nbdsnap.errors.NbdsnapErro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import IntEnum
 from typing import Protocol
+
+Extent = tuple[int, int]
+"""Length in bytes, and flags."""
 
 STATE_HOLE = 1
 STATE_ZERO = 2
 """Bits of an extent's flags: the values of NBD's ``base:allocation`` (NBD_STATE_HOLE, NBD_STATE_ZERO)."""
+
+CHANGED = 1
+"""The bit of an extent of :meth:`Device.changes`."""
 
 PREFERRED_BLOCK = 4096
 """Bytes: the alignment at which no operation reads before it writes."""
@@ -98,8 +105,21 @@ class Device(Protocol):
         FLUSH: it covers every operation whose ``done`` was called, and every ``write_now`` that returned, before it.
         """
 
-    def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """``(length, flags)`` of consecutive extents that cover the range exactly; neighbours differ in flags."""
+    def extents(self, offset: int, length: int) -> list[Extent]:
+        """Consecutive extents that cover the range exactly, neighbours with different flags: holes and zeroes."""
+
+    def depths(self, offset: int, length: int) -> list[Extent]:
+        """Likewise, with the layer that holds the data in place of flags.
+
+        0: none, a hole; 1: the export's own; 2: the one below.
+        """
+
+    def changes(self, base: str, offset: int, length: int) -> Iterator[Extent]:
+        """Likewise, with CHANGED where the content differs, or may differ, from the older snapshot ``base`` of the same
+        volume: one of those that the device was opened with.  Found as they are asked for; neighbours may be alike."""
+
+    def is_sparse(self) -> bool:
+        """Whether it may have holes, so that ``extents`` is worth asking for before reading much."""
 
     def cache(self, offset: int, length: int) -> None:
         """Bring the range into the page cache, as far as that is possible."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
+from nbdsnap.engine.device import Extent
+from nbdsnap.engine.diff import ChangeMap
 from nbdsnap.engine.volume import Volume
 
 
@@ -14,9 +16,10 @@ class LiveDevice:
 
     read_only = False
 
-    def __init__(self, volume: Volume, closed: Callable[[], None]) -> None:
+    def __init__(self, volume: Volume, bases: Mapping[str, ChangeMap], closed: Callable[[], None]) -> None:
         self.name = volume.name
         self._volume = volume
+        self._bases = bases
         self._closed: Callable[[], None] | None = closed
         self._close_lock = threading.Lock()
         self.read_now = volume.read_now
@@ -25,11 +28,16 @@ class LiveDevice:
         self.flush_now = volume.flush_now
         self.submit = volume.submit
         self.extents = volume.extents
+        self.depths = volume.depths
+        self.is_sparse = volume.is_sparse
         self.cache = volume.cache
 
     @property
     def size(self) -> int:
         return self._volume.size
+
+    def changes(self, base: str, offset: int, length: int) -> Iterator[Extent]:
+        return self._bases[base].extents(offset, length)
 
     def close(self) -> None:
         with self._close_lock:

@@ -101,12 +101,13 @@ class IntentSet:
     def patches(self, offset: int, end: int) -> list[Patch]:
         """The pending writes that touch [offset, end), to be laid over the data in place in this order."""
         found: dict[int, Patch] = {}
-        for chunk in self._pending_chunks(offset >> CHUNK_SHIFT, chunk_count(end)):
+        for chunk in self.pending_chunks(offset >> CHUNK_SHIFT, chunk_count(end)):
             for patch in self.pending[chunk]:
                 found[patch[0]] = patch
         return [patch for _, patch in sorted(found.items())]
 
-    def _pending_chunks(self, first: int, end: int) -> Iterator[int]:
+    def pending_chunks(self, first: int, end: int) -> Iterator[int]:
+        """Those of the chunks [first, end) that pending writes touch."""
         if end - first <= len(self.pending):
             return (chunk for chunk in range(first, end) if chunk in self.pending)
         return (chunk for chunk in self.pending if first <= chunk < end)

@@ -12,16 +12,18 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 from nbdsnap.engine import accounting, files, stamps
 from nbdsnap.engine.check import Checker
 from nbdsnap.engine.deletion import KEEP, MIN_PRIORITY, Deletions, Doomed, check_deletable
 from nbdsnap.engine.device import Device
-from nbdsnap.engine.diff import changed_blocks, extents
+from nbdsnap.engine.diff import ChangeMap, changed_blocks, extents
 from nbdsnap.engine.live import LiveDevice
 from nbdsnap.engine.lock import PoolLock
 from nbdsnap.engine.names import check_name, parse_snapshot_name
@@ -292,20 +294,61 @@ class Pool:
             except NbdsnapError:
                 return None
 
-    def open_device(self, name: str) -> Device:
-        """Open an export; it is in use until the device is closed.  NotFoundError where there is none."""
+    def bases(self, name: str) -> list[str]:
+        """The snapshots that an export can be compared with: all older ones of its volume, oldest first."""
+        with self._lock:
+            try:
+                volume, snapshot = self._find(name)
+            except NbdsnapError:
+                return []
+            return [one.name for one in volume.snapshots if snapshot is None or one.epoch < snapshot.epoch]
+
+    def open_device(self, name: str, bases: Sequence[str] = ()) -> Device:
+        """Open an export; it is in use until the device is closed, and so are ``bases``, the names of older snapshots
+        that it is to be compared with.  NotFoundError where there is none."""
         with self._lock:
             volume, snapshot = self._find(name)
+            used = [self._base(volume, snapshot, base) for base in bases]
+            maps = {base.name: self._change_map(volume, base, snapshot) for base in used}
             if snapshot is None:
                 with contextlib.suppress(OSError):  # without the log, writes wait for what they preserve
                     self._log.wake()
                 volume.connections += 1
-                return LiveDevice(volume, lambda: self._closed(volume))
-            return self._open_snapshot(volume, snapshot)
+                device: Device = LiveDevice(volume, maps, lambda: self._closed([volume, *used]))
+            else:
+                device = self._open_snapshot(volume, snapshot, maps, used)
+            for base in used:
+                base.connections += 1
+            return device
 
-    def _open_snapshot(self, volume: Volume, snapshot: SnapshotRecord) -> SnapshotDevice:
+    def _open_snapshot(
+        self,
+        volume: Volume,
+        snapshot: SnapshotRecord,
+        maps: Mapping[str, ChangeMap] = MappingProxyType({}),
+        used: Sequence[SnapshotRecord] = (),
+    ) -> SnapshotDevice:
+        """``used``: the bases of ``maps``, which its end is the end of using."""
         snapshot.connections += 1
-        return SnapshotDevice(volume, snapshot, self._index, self._store, lambda: self._closed(snapshot))
+        return SnapshotDevice(volume, snapshot, self._index, self._store, maps, lambda: self._closed([snapshot, *used]))
+
+    def _base(self, volume: Volume, snapshot: SnapshotRecord | None, name: str) -> SnapshotRecord:
+        base = volume.find(name)
+        if base is None or (snapshot is not None and base.epoch >= snapshot.epoch):
+            raise NotFoundError(f"there is no snapshot {volume.name}@{name} that is older")
+        return base
+
+    def _change_map(self, volume: Volume, base: SnapshotRecord, snapshot: SnapshotRecord | None) -> ChangeMap:
+        number = volume.record.number
+        if snapshot is None:
+            since = partial(_first_epoch, volume, base)
+            return ChangeMap(
+                self._index, number, since, END_OF_EPOCHS, base.size, lambda: volume.size, volume.pending_chunks
+            )
+        size = snapshot.size
+        return ChangeMap(
+            self._index, number, lambda: base.epoch, snapshot.epoch, base.size, lambda: size, lambda _first, _end: ()
+        )
 
     def _find(self, name: str) -> tuple[Volume, SnapshotRecord | None]:
         if not name:
@@ -315,9 +358,10 @@ class Pool:
         volume = self._volume(name.partition("@")[0])
         return volume, self._snapshot(name)[1] if "@" in name else None
 
-    def _closed(self, opened: Volume | SnapshotRecord) -> None:
+    def _closed(self, opened: Iterable[Volume | SnapshotRecord]) -> None:
         with self._lock:
-            opened.connections -= 1
+            for one in opened:
+                one.connections -= 1
 
     # Volumes
 
@@ -671,6 +715,13 @@ def origin_size(io: FileIO, path: Path, size: int | None) -> int:
 def _check_unused(opened: VolumeState | SnapshotRecord, name: str) -> None:
     if opened.connections:
         raise InUseError(f"{name} is open: {opened.connections} connections", hint="disconnect its clients first")
+
+
+def _first_epoch(volume: Volume, base: SnapshotRecord) -> int:
+    """Where the differences of the live volume from ``base`` begin: while it is being rolled back to an older snapshot,
+    its content is that one's already."""
+    rollback = volume.record.rollback
+    return base.epoch if rollback is None else min(base.epoch, rollback)
 
 
 def _export(volume: Volume, snapshot: SnapshotRecord | None) -> Export:

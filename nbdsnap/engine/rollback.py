@@ -34,7 +34,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import partial
 
-from nbdsnap.engine.device import STATE_HOLE, STATE_ZERO, Device, Op, OpKind
+from nbdsnap.engine.device import STATE_HOLE, STATE_ZERO, Device, Extent, Op, OpKind
 from nbdsnap.engine.diff import changed_blocks, extents
 from nbdsnap.engine.preserver import Preserver
 from nbdsnap.engine.reclaim import END_OF_EPOCHS, forget_slice
@@ -73,6 +73,7 @@ class View:
         self.write_now = device.write_now
         self.flush_now = device.flush_now
         self.submit = device.submit
+        self.changes = device.changes
         self.close = device.close
 
     def _inside(self, offset: int, length: int) -> int:
@@ -98,6 +99,12 @@ class View:
             before = found.pop()[0] if found and found[-1][1] == zeroes else 0
             found.append((before + length - inside, zeroes))
         return found
+
+    def depths(self, offset: int, length: int) -> list[Extent]:
+        return [(size, 0 if flags & STATE_HOLE else 1) for size, flags in self.extents(offset, length)]
+
+    def is_sparse(self) -> bool:
+        return True
 
     def cache(self, offset: int, length: int) -> None:
         inside = self._inside(offset, length)

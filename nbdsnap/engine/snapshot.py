@@ -20,11 +20,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import xxhash
 
-from nbdsnap.engine.device import STATE_HOLE, STATE_ZERO, Op
+from nbdsnap.engine.device import STATE_HOLE, STATE_ZERO, Extent, Op
+from nbdsnap.engine.diff import ChangeMap
 from nbdsnap.engine.records import SnapshotRecord
 from nbdsnap.engine.volume import Volume, data_and_holes
 from nbdsnap.errors import ConflictError, CorruptionError
@@ -39,13 +41,31 @@ EXTENT_TRIES = 3
 data."""
 
 
+class _Flags(NamedTuple):
+    """What a map says of a chunk by where its data is."""
+
+    nothing: int
+    preserved: int
+    live: int
+
+
+_ALLOCATION = _Flags(nothing=STATE_HOLE | STATE_ZERO, preserved=0, live=0)
+_DEPTH = _Flags(nothing=0, preserved=1, live=2)
+
+
 class SnapshotDevice:
     """The :class:`~nbdsnap.engine.device.Device` of a snapshot.  ``closed`` is called once."""
 
     read_only = True
 
     def __init__(
-        self, volume: Volume, record: SnapshotRecord, index: Index, store: ChunkStore, closed: Callable[[], None]
+        self,
+        volume: Volume,
+        record: SnapshotRecord,
+        index: Index,
+        store: ChunkStore,
+        bases: Mapping[str, ChangeMap],
+        closed: Callable[[], None],
     ) -> None:
         self.name = f"{volume.name}@{record.name}"
         self.size = record.size
@@ -53,6 +73,7 @@ class SnapshotDevice:
         self._epoch = record.epoch
         self._index = index
         self._store = store
+        self._bases = bases
         self._closed: Callable[[], None] | None = closed
         self._close_lock = threading.Lock()
 
@@ -71,13 +92,17 @@ class SnapshotDevice:
     def submit(self, op: Op) -> None:
         op.done(ConflictError(f"{self.name} is a snapshot: it never changes") if op.length else None)
 
-    def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
-        for _ in range(EXTENT_TRIES):
-            generation = self._volume.generation
-            found = self._extents(offset, self._lookup(offset, offset + length), length, live_holes=True)
-            if self._volume.generation == generation:
-                return found
-        return self._extents(offset, self._lookup(offset, offset + length), length, live_holes=False)
+    def extents(self, offset: int, length: int) -> list[Extent]:
+        return self._map(offset, length, _ALLOCATION)
+
+    def depths(self, offset: int, length: int) -> list[Extent]:
+        return self._map(offset, length, _DEPTH)
+
+    def changes(self, base: str, offset: int, length: int) -> Iterator[Extent]:
+        return self._bases[base].extents(offset, length)
+
+    def is_sparse(self) -> bool:
+        return self._volume.is_sparse()
 
     def cache(self, offset: int, length: int) -> None:
         end = offset + length
@@ -214,19 +239,29 @@ class SnapshotDevice:
                 hint="run: nbdsnap check --data",
             )
 
-    def _extents(self, offset: int, records: list[Record], length: int, live_holes: bool) -> list[tuple[int, int]]:
-        origin = self._volume.origin
-        found: list[tuple[int, int]] = []
+    def _map(self, offset: int, length: int, flags: _Flags) -> list[Extent]:
+        for _ in range(EXTENT_TRIES):
+            generation = self._volume.generation
+            found = self._extents(offset, self._lookup(offset, offset + length), length, flags, live_holes=True)
+            if self._volume.generation == generation:
+                return found
+        return self._extents(offset, self._lookup(offset, offset + length), length, flags, live_holes=False)
 
-        def add(size: int, flags: int) -> None:
-            if found and found[-1][1] == flags:
-                found[-1] = found[-1][0] + size, flags
+    def _extents(
+        self, offset: int, records: list[Record], length: int, flags: _Flags, *, live_holes: bool
+    ) -> list[Extent]:
+        origin = self._volume.origin
+        found: list[Extent] = []
+
+        def add(size: int, value: int) -> None:
+            if found and found[-1][1] == value:
+                found[-1] = found[-1][0] + size, value
             elif size:
-                found.append((size, flags))
+                found.append((size, value))
 
         def add_live(start: int, stop: int) -> None:
-            for size, flags in data_and_holes(origin, start, stop - start) if live_holes else [(stop - start, 0)]:
-                add(size, flags)
+            for size, state in data_and_holes(origin, start, stop - start) if live_holes else [(stop - start, 0)]:
+                add(size, flags.nothing if state else flags.live)
 
         end = offset + length
         position = offset
@@ -235,7 +270,7 @@ class SnapshotDevice:
             stop = min((record.chunk + 1) << CHUNK_SHIFT, end)
             if start > position:
                 add_live(position, start)
-            add(stop - start, STATE_HOLE | STATE_ZERO if record.slot == ZERO_SLOT else 0)
+            add(stop - start, flags.nothing if record.slot == ZERO_SLOT else flags.preserved)
             position = stop
         if position < end:
             add_live(position, end)

@@ -261,6 +261,18 @@ class Volume(VolumeState):
         data += [(start, start + len(content)) for _, start, content in patches]
         return _extents(sorted(data), offset, offset + length)
 
+    def depths(self, offset: int, length: int) -> list[tuple[int, int]]:
+        return [(size, 0 if flags & STATE_HOLE else 1) for size, flags in self.extents(offset, length)]
+
+    def is_sparse(self) -> bool:
+        return self.origin.is_sparse()
+
+    def pending_chunks(self, first: int, end: int) -> list[int]:
+        """Those of the chunks [first, end) with acknowledged writes that are not in place yet, nor, perhaps, in the
+        index."""
+        with self.lock:
+            return list(self.intents.pending_chunks(first, end))
+
     def cache(self, offset: int, length: int) -> None:
         view = self.view
         if view is not None:

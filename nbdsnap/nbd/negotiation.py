@@ -430,7 +430,8 @@ class Negotiation(Generic[Handle]):
 
     def _enter(self, name: str, export: ExportInfo) -> None:
         """Open the export and begin transmission; raises, with nothing changed, where it can't be opened."""
-        handle = self._exports.open(name)
+        contexts = self._contexts_for(name)
+        handle = self._exports.open(name, [context for _, context in contexts])
         if handle is None:
             raise OptionRefusedError(f"no export {name!r}", NBD_REP_ERR_UNKNOWN)
         self.session = Session(
@@ -439,7 +440,7 @@ class Negotiation(Generic[Handle]):
             transmission_flags=self._transmission_flags(name, export),
             structured=self._structured,
             extended=self._extended,
-            contexts=self._contexts_for(name),
+            contexts=contexts,
             no_zeroes=bool(self._client_flags & NBD_FLAG_C_NO_ZEROES),
             tls=self._tls,
         )

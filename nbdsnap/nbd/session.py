@@ -94,8 +94,9 @@ class ExportSource(Protocol[HandleT]):
     def find(self, name: str) -> ExportInfo | None:
         """The export of that name ("" is the default one); None where there is none."""
 
-    def open(self, name: str) -> HandleT | None:
-        """Open it for transmission: called once in a handshake that succeeds.  None where there is none (any more)."""
+    def open(self, name: str, contexts: Sequence[str]) -> HandleT | None:
+        """Open it for transmission, where it is to be asked about these of its metadata contexts: called once in a
+        handshake that succeeds.  None where there is none (any more)."""
 
     def meta_contexts(self, name: str) -> Sequence[str]:
         """The metadata contexts of an export that :meth:`find` knows."""

@@ -48,6 +48,7 @@ from nbdsnap.server.buffers import HEADROOM
 from nbdsnap.server.channel import Channel
 from nbdsnap.server.context import OUTBOUND, READ_INLINE, WRITE_INLINE, Context
 from nbdsnap.server.jobs import start_request
+from nbdsnap.server.maps import Map, map_of
 from nbdsnap.server.reads import BigRead, ColdReads
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ class DataPath:
         self.session = session
         self.device: Device = session.handle
         self.replies = replies_for(session)
+        self.maps: dict[int, Map] = {number: map_of(self.device, name) for number, name in session.contexts}
         self.pending = 0
         self.held = 0
         self.finishing = False

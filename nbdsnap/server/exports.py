@@ -6,10 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from nbdsnap.engine.device import Device
-from nbdsnap.errors import NotFoundError
 from nbdsnap.nbd.session import ExportInfo
-
-BASE_ALLOCATION = "base:allocation"
+from nbdsnap.server.maps import base_of, context_names
 
 
 class Export(Protocol):
@@ -30,7 +28,8 @@ class ExportPool(Protocol):
 
     def exports(self) -> Sequence[Export]: ...
     def find_export(self, name: str) -> Export | None: ...
-    def open_device(self, name: str) -> Device: ...
+    def bases(self, name: str) -> Sequence[str]: ...
+    def open_device(self, name: str, bases: Sequence[str] = ()) -> Device: ...
 
 
 class PoolExports:
@@ -46,17 +45,16 @@ class PoolExports:
         export = self._pool.find_export(name)
         return None if export is None else _info(export)
 
-    def open(self, name: str) -> Device | None:
+    def open(self, name: str, contexts: Sequence[str]) -> Device | None:
         export = self._pool.find_export(name)
         if export is None:
             return None
-        try:
-            return self._pool.open_device(export.name)
-        except NotFoundError:  # deleted a moment ago
-            return None
+        bases = [base for base in map(base_of, contexts) if base is not None]
+        return self._pool.open_device(export.name, list(dict.fromkeys(bases)))
 
     def meta_contexts(self, name: str) -> Sequence[str]:
-        return (BASE_ALLOCATION,)
+        export = self._pool.find_export(name)
+        return () if export is None else context_names(self._pool.bases(export.name))
 
 
 def _info(export: Export) -> ExportInfo:

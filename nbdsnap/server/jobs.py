@@ -18,10 +18,10 @@ again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from nbdsnap.engine.device import Device, Op, OpKind
+from nbdsnap.engine.device import Op, OpKind
 from nbdsnap.nbd.constants import (
     NBD_CMD_BLOCK_STATUS,
     NBD_CMD_CACHE,
@@ -41,9 +41,10 @@ from nbdsnap.nbd.constants import (
     NBD_EOVERFLOW,
     NBD_EPERM,
 )
-from nbdsnap.nbd.replies import Extent, status_extents
+from nbdsnap.nbd.replies import status_extents
 from nbdsnap.nbd.transmission import DROPPED, Request, check_request, status_query
 from nbdsnap.server.context import WRITE_INLINE
+from nbdsnap.server.maps import HELD_PER_MAP
 from nbdsnap.server.reads import start_read
 
 if TYPE_CHECKING:
@@ -55,12 +56,6 @@ in it, and extended headers allow lengths of 64 bits."""
 
 CACHE_MOST = 256 << 20
 """Bytes that one CACHE reads ahead: it is a hint, and no page cache holds a whole disk."""
-
-STATUS_WINDOW = 256 << 20
-"""Bytes that the engine is asked about at a time, so that one request does not list a whole fragmented disk."""
-
-STATUS_EXTENTS = 16 << 10
-"""Extents after which a block status ends early, as the protocol allows: its client asks on from there."""
 
 STATUS_LEAST = 4096
 """Bytes that a block status of length 0 is answered for, as far as there are so many."""
@@ -297,36 +292,21 @@ class StatusJob(WorkerJob):
     __slots__ = ("contexts", "length")
 
     def __init__(self, path: DataPath, request: Request, length: int, contexts: tuple[tuple[int, str], ...]) -> None:
-        super().__init__(path, request, 0)
+        super().__init__(path, request, HELD_PER_MAP * len(contexts))
         self.length = length
         self.contexts = contexts
 
     def work(self) -> bytes:
-        """One chunk for each context: all of them are ``base:allocation``, for now."""
+        """One chunk for each context."""
         path = self.path
         _, flags, cookie, offset, _, _ = self.request
         if not self.contexts:
             return path.replies.read_done(cookie, offset)
-        extents = status_extents(
-            extents_of(path.device, offset, self.length),
-            self.length,
-            req_one=bool(flags & NBD_CMD_FLAG_REQ_ONE),
-            extended=path.session.extended,
-        )
+        req_one, extended = bool(flags & NBD_CMD_FLAG_REQ_ONE), path.session.extended
         last = len(self.contexts) - 1
-        return b"".join(
-            path.replies.block_status(cookie, offset, context_id, extents, done=number == last)
-            for number, (context_id, _) in enumerate(self.contexts)
-        )
-
-
-def extents_of(device: Device, offset: int, length: int) -> Iterator[Extent]:
-    """The range's extents, found as they are asked for; they end early where there are very many."""
-    end = offset + length
-    count = 0
-    while offset < end and count < STATUS_EXTENTS:
-        step = min(STATUS_WINDOW, end - offset)
-        extents = device.extents(offset, step)
-        yield from extents
-        count += len(extents)
-        offset += step
+        chunks = []
+        for number, (context_id, _) in enumerate(self.contexts):
+            found = path.maps[context_id](offset, self.length)
+            extents = status_extents(found, self.length, req_one=req_one, extended=extended)
+            chunks.append(path.replies.block_status(cookie, offset, context_id, extents, done=number == last))
+        return b"".join(chunks)

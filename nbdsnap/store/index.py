@@ -179,6 +179,25 @@ class IndexReader:
             yield epoch, block, _decode_set(cursor.value(), "changed")
             found = cursor.next()
 
+    def changed_within(
+        self, volume: int, first_epoch: int, end_epoch: int, first_block: int, end_block: int
+    ) -> Iterator[tuple[int, int]]:
+        """``(block, set)`` of the blocks [first_block, end_block), by epoch; one seek for each epoch, and for what it
+        has inside."""
+        cursor = self._txn.cursor(self._db["changed"])
+        found = cursor.set_range(CHANGED_KEY.pack(volume, first_epoch, first_block))
+        while found:
+            key_volume, epoch, block = CHANGED_KEY.unpack(cursor.key())
+            if key_volume != volume or epoch >= end_epoch:
+                return
+            if block < first_block:
+                found = cursor.set_range(CHANGED_KEY.pack(volume, epoch, first_block))
+            elif block >= end_block:
+                found = cursor.set_range(CHANGED_KEY.pack(volume, epoch + 1, first_block))
+            else:
+                yield block, _decode_set(cursor.value(), "changed")
+                found = cursor.next()
+
     def changed_block(self, volume: int, epoch: int, block: int) -> int:
         stored = self._txn.get(CHANGED_KEY.pack(volume, epoch, block), db=self._db["changed"])
         return 0 if stored is None else _decode_set(stored, "changed")

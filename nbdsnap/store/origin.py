@@ -68,6 +68,10 @@ class Origin:
     def drop_cached(self, offset: int, length: int) -> None:
         self._io.drop_cached(self.fd, offset, length)
 
+    def is_sparse(self) -> bool:
+        """Whether the file may have holes; of a block device that can't be known."""
+        return not self.is_block_device and self._io.allocated_bytes(self.fd) < self._io.size(self.fd)
+
     def will_need(self, offset: int, length: int) -> None:
         self._io.will_need(self.fd, offset, length)
 

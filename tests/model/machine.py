@@ -371,6 +371,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert (device.size, device.read_only) == (image.size, True)
         assert read(device, offset, length, now=now) == image.read(offset, length), f"{volume}@{name}"
         _check_extents(device, image, offset, length)
+        _check_depths(device, offset, length)
         if close:
             self.target.close(device)
 
@@ -393,6 +394,9 @@ class PoolMachine(RuleBasedStateMachine):
         old, old_operated = model.snapshots[older]
         new, new_operated = (model.live, model.operated) if newer is None else model.snapshots[newer]
         found = self._diff_chunks(f"{volume}@{older}", None if newer is None else f"{volume}@{newer}", new.size)
+        if newer != older:
+            name = volume if newer is None else f"{volume}@{newer}"
+            assert self._mapped_chunks(name, older, new.size) == found, "the metadata context says something else"
         assert new.differing(old) <= found, "a change is missing"
         assert found <= new_operated.touched_since(old_operated), "a chunk that nobody wrote"
 
@@ -407,6 +411,20 @@ class PoolMachine(RuleBasedStateMachine):
             assert end <= size
             assert end == size or end % CHUNK == 0
             found.update(range(extent.offset // CHUNK, (end + CHUNK - 1) // CHUNK))
+        return found
+
+    def _mapped_chunks(self, name: str, base: str, size: int) -> set[int]:
+        device = self.target.open(name, [base])
+        found: set[int] = set()
+        offset = 0
+        for length, flags in device.changes(base, 0, size):
+            assert length > 0
+            if flags:
+                assert offset % CHUNK == 0
+                found.update(range(offset // CHUNK, (offset + length + CHUNK - 1) // CHUNK))
+            offset += length
+        assert offset == size
+        self.target.close(device)
         return found
 
     @rule()
@@ -477,6 +495,17 @@ class PoolMachine(RuleBasedStateMachine):
         for text in names:
             volume, _, name = text.partition("@")
             del self.volumes[volume].snapshots[name]
+
+
+def _check_depths(device: Device, offset: int, length: int) -> None:
+    """Of a snapshot: a hole is where the other map says so."""
+    holes = [(size, not depth) for size, depth in device.depths(offset, length)]
+    merged: list[tuple[int, bool]] = []
+    for size, hole in holes:
+        if merged and merged[-1][1] == hole:
+            size += merged.pop()[0]
+        merged.append((size, hole))
+    assert merged == [(size, bool(flags & STATE_HOLE)) for size, flags in device.extents(offset, length)]
 
 
 def _check_extents(device: Device, image: Image, offset: int, length: int) -> None:

@@ -8,7 +8,7 @@ When the connection breaks, what is under way is done with :class:`DisconnectedE
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from nbdsnap.engine.device import Done, Op, OpKind
@@ -16,6 +16,8 @@ from tests.support import nbdwire
 from tests.support.client import Client, DisconnectedError, NbdError, Reply
 
 CONTEXT = "base:allocation"
+DEPTH = "qemu:allocation-depth"
+CHANGED = ("x-nbdsnap:changed:", "qemu:dirty-bitmap:")
 REPLY_TIMEOUT_S = 60.0
 
 _COMMANDS = {
@@ -29,15 +31,22 @@ Replied = Callable[[Reply | BaseException], None]
 
 
 class NbdDevice:
-    """``name``'s export at ``address``: a unix socket's path, or host and port."""
+    """``name``'s export at ``address``: a unix socket's path, or host and port.
+
+    ``bases``: the snapshots that it is to be compared with; the two contexts for it must say the same.
+    """
 
     read_only = False
 
-    def __init__(self, address: Path | tuple[str, int], name: str, dialect: str = "structured") -> None:
+    def __init__(
+        self, address: Path | tuple[str, int], name: str, dialect: str = "structured", bases: tuple[str, ...] = ()
+    ) -> None:
         self.name = name
         self._client = Client.connect(address)
         getattr(self._client, dialect)()
-        self._client.set_contexts(name, CONTEXT)
+        queries = [prefix + base for prefix in CHANGED for base in bases]
+        self._contexts = self._client.set_contexts(name, CONTEXT, DEPTH, *queries)
+        assert self._contexts.keys() == {CONTEXT, DEPTH, *queries}
         self._client.go(name)
         self._client.sock.settimeout(None)  # the receiver waits for as long as nothing is asked for
         self.size = self._client.size
@@ -104,11 +113,25 @@ class NbdDevice:
         buffer[:] = self._call(nbdwire.READ, offset, len(buffer)).data
 
     def extents(self, offset: int, length: int) -> list[tuple[int, int]]:
+        return self._map(CONTEXT, offset, length)
+
+    def depths(self, offset: int, length: int) -> list[tuple[int, int]]:
+        return self._map(DEPTH, offset, length)
+
+    def changes(self, base: str, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        changed, dirty = (self._map(prefix + base, offset, length) for prefix in CHANGED)
+        assert changed == dirty
+        return iter(changed)
+
+    def is_sparse(self) -> bool:
+        return True
+
+    def _map(self, context: str, offset: int, length: int) -> list[tuple[int, int]]:
         """Asks until the whole range is described; neighbours in different answers may be alike, and are joined."""
         joined: list[tuple[int, int]] = []
         end = offset + length
         while offset < end:
-            (extents,) = self._call(nbdwire.BLOCK_STATUS, offset, end - offset).extents.values()
+            extents = self._call(nbdwire.BLOCK_STATUS, offset, end - offset).extents[self._contexts[context]]
             for size, flags in extents:
                 size = min(size, end - offset)
                 offset += size

@@ -28,6 +28,7 @@ class Exports:
         }
         self.contexts = contexts
         self.opened: list[str] = []
+        self.opened_contexts: list[tuple[str, ...]] = []
         self.failure: NbdsnapError | None = None
         """What ``open`` raises."""
 
@@ -37,8 +38,9 @@ class Exports:
     def find(self, name: str) -> ExportInfo | None:
         return self.infos.get(name or "vol")
 
-    def open(self, name: str) -> str | None:
+    def open(self, name: str, contexts: Sequence[str]) -> str | None:
         self.opened.append(name)
+        self.opened_contexts.append(tuple(contexts))
         if self.failure is not None:
             raise self.failure
         export = self.find(name)

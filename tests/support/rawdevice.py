@@ -11,6 +11,7 @@ import ctypes
 import os
 import queue
 import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,6 +172,16 @@ class RawDevice:
                 offset = hole
         return extents
 
+    def depths(self, offset: int, length: int) -> list[tuple[int, int]]:
+        return [(size, int(not flags)) for size, flags in self.extents(offset, length)]
+
+    def changes(self, base: str, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        raise AssertionError("a raw file knows no snapshots")
+
+    def is_sparse(self) -> bool:
+        status = os.fstat(self._file.fd)
+        return status.st_blocks * 512 < status.st_size
+
     def cache(self, offset: int, length: int) -> None:
         self._file.check(offset, length)
         os.posix_fadvise(self._file.fd, offset, length, os.POSIX_FADV_WILLNEED)
@@ -204,7 +215,10 @@ class RawPool:
         file = self.files.get(name)
         return None if file is None else RawExport(name, file.size, file.read_only)
 
-    def open_device(self, name: str) -> Device:
+    def bases(self, name: str) -> list[str]:
+        return []
+
+    def open_device(self, name: str, bases: Sequence[str] = ()) -> Device:
         if name not in self.files:
             raise NotFoundError(f"there is no {name}")
         return RawDevice(self.files[name], name)

@@ -29,7 +29,7 @@ class Target(Protocol):
 
     def raw(self, volume: str) -> Path: ...
 
-    def open(self, name: str) -> Device: ...
+    def open(self, name: str, bases: Sequence[str] = ()) -> Device: ...
 
     def close(self, device: Device) -> None: ...
 
@@ -82,8 +82,8 @@ class EngineTarget:
     def raw(self, volume: str) -> Path:
         return self._folder / f"{volume}.img"
 
-    def open(self, name: str) -> Device:
-        return self.pool.open_device(name)
+    def open(self, name: str, bases: Sequence[str] = ()) -> Device:
+        return self.pool.open_device(name, bases)
 
     def close(self, device: Device) -> None:
         device.close()
@@ -153,13 +153,13 @@ class ServerTarget:
     def raw(self, volume: str) -> Path:
         return self._folder / f"{volume}.img"
 
-    def open(self, name: str) -> Device:
+    def open(self, name: str, bases: Sequence[str] = ()) -> Device:
         with self._lock:
             self._connections += 1
             self._open[name] += 1
             number = self._connections
         try:
-            return self.connect(name, number)
+            return self.connect(name, number, bases)
         except RefusedError as error:
             with self._lock:
                 self._open[name] -= 1
@@ -167,10 +167,10 @@ class ServerTarget:
                 raise NotFoundError(error.text) from None
             raise
 
-    def connect(self, name: str, number: int) -> NbdDevice:
+    def connect(self, name: str, number: int, bases: Sequence[str] = ()) -> NbdDevice:
         """A connection; ``number`` chooses how."""
         address: Path | tuple[str, int] = ("127.0.0.1", self.server.port) if number % 2 else self.server.socket
-        return NbdDevice(address, name, "extended" if number % 4 < 2 else "structured")
+        return NbdDevice(address, name, "extended" if number % 4 < 2 else "structured", tuple(bases))
 
     def close(self, device: Device) -> None:
         """The server, too, must see that it is closed, before anything else is asked of it."""

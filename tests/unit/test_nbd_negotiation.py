@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 import pytest
 
@@ -259,7 +260,7 @@ def test_go_that_can_not_open_says_why_and_haggling_goes_on(failure: Exception, 
 
 def test_an_export_that_vanishes_between_find_and_open_is_unknown() -> None:
     class Vanishing(Exports):
-        def open(self, name: str) -> str | None:
+        def open(self, name: str, contexts: Sequence[str]) -> str | None:
             return None
 
     assert Pair(Vanishing()).ask_one(go("vol")).type == nbdwire.UNKNOWN

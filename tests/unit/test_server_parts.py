@@ -6,7 +6,7 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -296,7 +296,7 @@ class SlowDisk(RawDevice):
 
 
 class SlowPool(RawPool):
-    def open_device(self, name: str) -> SlowDisk:
+    def open_device(self, name: str, bases: Sequence[str] = ()) -> SlowDisk:
         return SlowDisk(self.files[name], name)
 
 
