@@ -8,7 +8,7 @@ export PYTHON
 SOURCES := nbdsnap tests benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help run test quick lint format bench clients clean
+.PHONY: help run test quick lint format bench conformance-peers clients clean
 
 help:
 	@echo "make run     serve a demo volume on 127.0.0.1:10809, and say what to do with it"
@@ -17,6 +17,7 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff rewrite the source"
 	@echo "make bench   measure against other servers, side by side"
+	@echo "make conformance-peers   hold them and nbdsnap to the protocol, side by side"
 
 # A stamp for each kind of installation: done again only when pyproject.toml has changed.
 $(VENV)/installed: pyproject.toml .ci/make-venv
@@ -47,6 +48,9 @@ format: $(VENV)/installed-dev
 
 bench: $(VENV)/installed-dev clients
 	$(BIN)/python -m benchmarks
+
+conformance-peers: $(VENV)/installed-dev clients
+	$(BIN)/python -m tests.conformance --peers
 
 clients:
 	@.ci/install-test-packages

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nbdsnap.engine.device import Device
-from nbdsnap.nbd.constants import NBD_CMD_FLAG_DF, NBD_MAX_STRING
+from nbdsnap.nbd.constants import NBD_CMD_FLAG_DF, NBD_MAX_STRING, PREFERRED_BLOCK
 from nbdsnap.nbd.transmission import Request
 from nbdsnap.server.buffers import HEADROOM
 from nbdsnap.server.context import OUTBOUND, READ_INLINE
@@ -268,7 +268,8 @@ class BigRead:
         self._next()
 
     def _next(self) -> None:
-        self._piece = min(READ_PIECE, self._request[4] - self._done)
+        unaligned = (self._request[3] + self._done) % PREFERRED_BLOCK  # only of the first piece
+        self._piece = min(READ_PIECE - unaligned, self._request[4] - self._done)
         self._buffer = self._path.context.buffers.take(HEADROOM + self._piece)
         self._path.held += self._piece
         self._path.context.workers.submit(self._run)
