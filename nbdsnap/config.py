@@ -174,7 +174,8 @@ class PoolConfig(_Section):
 
 class VolumeConfig(_Section):
     name: Name = Field(description="a letter or digit, then up to 127 of letters, digits and ._-")
-    origin: ConfigPath = Field(description="the path of a raw file or block device")
+    origin: ConfigPath | None = Field(default=None, description="the path of a raw file or block device")
+    thin: bool = Field(default=False, description="true, for a volume without an origin")
     size: Size = Field(default=None, description=SIZE_ALLOWED)
 
 
@@ -294,6 +295,14 @@ def _check_volumes(config: Config) -> None:
         if volume.name in names:
             raise ConfigError(f"{where}: name: [[volume]] {names[volume.name]} has it too; allowed: distinct names")
         names[volume.name] = number
+        if volume.origin is None and not volume.thin:
+            raise ConfigError(f"{where}: origin: missing; it is the path of a raw file or block device")
+        if volume.thin and volume.origin is not None:
+            raise ConfigError(f"{where}: thin: it has an origin; allowed: one of both")
+        if volume.thin and volume.size is None:
+            raise ConfigError(f"{where}: size: missing; a thin volume needs one: {SIZE_ALLOWED}")
+        if volume.origin is None:
+            continue
         for identity in _identities(volume.origin):
             if identity in origins:
                 first = origins[identity]

@@ -17,6 +17,8 @@ class VolumeInfo(BaseModel):
     kind: str
     size: int
     origin: str | None
+    base: str | None = None
+    """The snapshot that a clone was made of, as VOLUME@NAME."""
     created: datetime
     snapshots: int = 0
     connections: int = 0
@@ -34,6 +36,8 @@ class SnapshotInfo(BaseModel):
     exclusive_bytes: int = 0
     shared_bytes: int = 0
     connections: int = 0
+    clones: list[str] = []
+    """Volumes that are clones of it."""
     problem: str | None = None
     """Why its content may differ from what it was, or can't all be read; None where all is well."""
 
@@ -59,9 +63,12 @@ class VolumeStatus(BaseModel):
     kind: str
     size: int
     origin: str | None
+    base: str | None = None
     created: datetime
     connections: int = 0
     error: str | None = None
+    live_bytes: int | None = None
+    """What the live data of a thin volume or clone takes in the store; None for an origin."""
     snapshots: list[SnapshotInfo]
 
 

@@ -79,9 +79,17 @@ class Nothing(Request):
 
 
 class VolumeCreate(Request):
+    """Either ``origin``, or ``thin`` and ``size``."""
+
     name: str
-    origin: AbsolutePath
+    origin: AbsolutePath | None = None
     size: int | None = Field(default=None, gt=0)
+    thin: bool = False
+
+
+class CloneOf(Request):
+    snapshot: str
+    name: str
 
 
 class VolumeShow(Request):
@@ -242,10 +250,17 @@ def _rollback(pool: Pool, request: RollbackTo, emit: Emit) -> RollbackReport:
 
 VOLUME_CREATE: Operation[VolumeCreate, VolumeInfo] = Operation(
     "volume.create",
-    "Add a volume whose live data is the raw file or block device `origin`.",
+    "Add a volume: its live data is the raw file or block device `origin`, or in the pool where it is `thin`.",
     VolumeCreate,
     VolumeInfo,
-    lambda pool, request, _: pool.volume_create(request.name, request.origin, request.size),
+    lambda pool, request, _: pool.volume_create(request.name, request.origin, request.size, thin=request.thin),
+)
+CLONE: Operation[CloneOf, VolumeInfo] = Operation(
+    "clone",
+    "Make a writable volume with the content of a snapshot, which it keeps from being deleted.",
+    CloneOf,
+    VolumeInfo,
+    lambda pool, request, _: pool.clone(request.snapshot, request.name),
 )
 VOLUME_LIST: Operation[Nothing, list[VolumeInfo]] = Operation(
     "volume.list",
@@ -365,6 +380,7 @@ OPERATIONS: dict[str, Operation[Any, Any]] = {
         SNAPSHOT_HOLD,
         SNAPSHOT_RELEASE,
         SNAPSHOT_PRIORITY,
+        CLONE,
         ROLLBACK,
         DIFF,
         STATUS,

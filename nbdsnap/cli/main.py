@@ -36,6 +36,7 @@ COMMANDS = {
     "serve": "nbdsnap.cli.serve:serve",
     "volume": "nbdsnap.cli.volume:volume",
     "snapshot": "nbdsnap.cli.snapshot:snapshot",
+    "clone": "nbdsnap.cli.clone:clone",
     "rollback": "nbdsnap.cli.rollback:rollback",
     "diff": "nbdsnap.cli.diff:diff",
     "delta": "nbdsnap.cli.delta:delta",

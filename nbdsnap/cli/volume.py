@@ -42,10 +42,10 @@ def volume() -> None:
 @click.option(
     "--origin",
     metavar="PATH",
-    required=True,
     type=click.Path(path_type=Path),
     help="The raw file or block device that holds the live data. It stays yours, and stays a raw image.",
 )
+@click.option("--thin", is_flag=True, help="No file: zeroes, until something is written; its data is in the pool.")
 @click.option(
     "--size",
     metavar="SIZE",
@@ -54,18 +54,33 @@ def volume() -> None:
 )
 @json_option
 @pass_context
-def create(context: Context, name: str, origin: Path, size: int | None, as_json: bool) -> None:
-    """Add the volume NAME over a raw file or block device, which is adopted as it is.
+def create(context: Context, name: str, origin: Path | None, thin: bool, size: int | None, as_json: bool) -> None:
+    """Add the volume NAME over a raw file or block device, which is adopted as it is; or a thin one.
+
+    A thin volume takes the space in the pool that was written to it, and gives it back when that is trimmed.
 
     \b
     Example:
       nbdsnap volume create vol --origin /srv/images/vol.img --size 10GiB
+      nbdsnap volume create scratch --thin --size 1TiB
     """
-    created = context.call(VOLUME_CREATE, VolumeCreate(name=name, origin=origin.absolute(), size=size))
+    if thin == (origin is not None):
+        raise click.UsageError("give either --origin or --thin")
+    if thin and size is None:
+        raise click.UsageError("--thin needs --size")
+    path = None if origin is None else origin.absolute()
+    created = context.call(VOLUME_CREATE, VolumeCreate(name=name, origin=path, size=size, thin=thin))
     if as_json:
         print_json(created)
     else:
-        click.echo(f"{created.name}: {format_size(created.size)} on {created.origin}")
+        click.echo(f"{created.name}: {format_size(created.size)} {_where(created)}")
+
+
+def _where(shown: VolumeInfo | VolumeStatus) -> str:
+    """Where the live data is."""
+    if shown.base is not None:
+        return f"in the pool, over {shown.base}"
+    return "in the pool" if shown.origin is None else f"on {shown.origin}"
 
 
 @volume.command("list")
@@ -99,7 +114,8 @@ def print_volumes(volumes: list[VolumeInfo]) -> None:
         columns.append(Column("PROBLEM"))
     rows = []
     for one in volumes:
-        row = [one.name, one.kind, format_size(one.size), str(one.snapshots), str(one.connections), one.origin or ""]
+        row = [one.name, one.kind, format_size(one.size), str(one.snapshots), str(one.connections)]
+        row.append(one.origin or (f"over {one.base}" if one.base else ""))
         rows.append([*row, one.error or ""] if broken else row)
     print_table(columns, rows)
 
@@ -130,11 +146,13 @@ def _fields(shown: VolumeStatus) -> list[tuple[str, str]]:
         ("name", shown.name),
         ("kind", shown.kind),
         ("size", f"{format_size(shown.size)} ({shown.size} bytes)"),
-        ("origin", shown.origin or ""),
+        ("live data", _where(shown)) if shown.origin is None else ("origin", shown.origin),
         ("created", format_time(shown.created)),
         ("clients", str(shown.connections)),
         ("snapshots", str(len(shown.snapshots))),
     ]
+    if shown.live_bytes is not None:
+        fields.append(("space", f"{format_size(shown.live_bytes)} of live data"))
     return [*fields, ("problem", shown.error)] if shown.error else fields
 
 
@@ -169,6 +187,8 @@ def accept(context: Context, name: str, as_json: bool) -> None:
 def delete(context: Context, name: str, snapshots: bool, dry_run: bool, as_json: bool) -> None:
     """Make the pool forget the volume NAME. Its raw file or device stays, with its current content.
 
+    The data of a thin volume or clone is in the pool, and is gone with it.
+
     \b
     Example:
       nbdsnap volume delete vol --snapshots --dry-run
@@ -179,4 +199,5 @@ def delete(context: Context, name: str, snapshots: bool, dry_run: bool, as_json:
         print_json(deleted)
         return
     what = f"{deleted.name} and {plural(len(deleted.snapshots), 'snapshot')}" if deleted.snapshots else deleted.name
-    click.echo(f"{'would delete' if dry_run else 'deleted'} {what}; {deleted.origin} stays")
+    stays = "" if deleted.origin is None else f"; {deleted.origin} stays"
+    click.echo(f"{'would delete' if dry_run else 'deleted'} {what}{stays}")

@@ -11,9 +11,10 @@ A violated one is a :class:`~nbdsnap.models.Problem`, whose ``kind`` is one of:
 ``slot``       a slot is used twice, or used and not marked so, or beyond the store's end
 ``leak``       a slot is marked as used, and no record points at it
 ``usage``      the counts of ``usage`` differ from the records
+``live``       the table ``current``, or its count, contradicts the volume (thin volumes and clones)
 ``useless``    a record serves no snapshot
 ``checksum``   a preserved chunk does not read back as it was written (with ``--data``)
-``lost``       a preserved chunk was lost, and removed by a repair: reading it is an error
+``lost``       a preserved or live chunk was lost, and marked as such: reading it is an error
 =============  ===========================================================================
 """
 
@@ -29,8 +30,19 @@ from nbdsnap.engine.snapshot import is_intact
 from nbdsnap.errors import CorruptionError
 from nbdsnap.models import Problem
 from nbdsnap.store import chunkset
+from nbdsnap.store.chunkstore import coalesce
 from nbdsnap.store.index import JsonObject, Record
-from nbdsnap.store.layout import BLOCK, BLOCK_SHIFT, CHUNK, CHUNK_SHIFT, LOST_SLOT, ZERO_SLOT, chunk_count
+from nbdsnap.store.layout import (
+    BASE_SLOT,
+    BLOCK,
+    BLOCK_SHIFT,
+    CHUNK,
+    CHUNK_SHIFT,
+    LOST_SLOT,
+    MAX_SLOTS,
+    ZERO_SLOT,
+    chunk_count,
+)
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) slots."""
@@ -48,6 +60,8 @@ class Tables(Protocol):
     def changed(self, volume: int, first_epoch: int, end_epoch: int) -> Iterator[tuple[int, int, int]]: ...
     def slots(self) -> Iterator[tuple[int, int]]: ...
     def usage(self, volume: int) -> Iterator[tuple[int, int, int]]: ...
+    def current_items(self, volume: int) -> Iterator[tuple[int, int]]: ...
+    def live_slots(self, volume: int) -> int: ...
 
 
 class Source(Protocol):
@@ -100,8 +114,12 @@ class Checker:
             self._total = sum(members.bit_count() for _, members in tables.slots())
             for number in snapshots.keys() - volumes.keys():
                 yield Problem(kind="record", detail=f"snapshots of volume number {number}, which does not exist")
+            bases = {(number, one.epoch) for number, of in snapshots.items() for one in of if not one.deleting}
             for number, volume in volumes.items():
                 yield from self._check_volume(tables, volume, snapshots.get(number, []))
+                if volume.base is not None and not volume.deleting and volume.base not in bases:
+                    detail = f"volume {volume.name}: the snapshot that it is a clone of is not there"
+                    yield Problem(kind="record", detail=detail, volume=volume.name)
             yield from self._check_slots(tables)
         if self._progress:
             self._progress(self._total, self._total)
@@ -132,6 +150,44 @@ class Checker:
         if usage != {(before, epoch): slots for before, epoch, slots in tables.usage(volume.number)}:
             detail = f"volume {volume.name}: the counts of shared slots are wrong"
             yield Problem(kind="usage", detail=detail, volume=volume.name)
+        yield from self._check_live(tables, volume)
+
+    def _check_live(self, tables: Tables, volume: VolumeRecord) -> Iterator[Problem]:
+        """Live chunks have no checksums: what they hold can't be verified."""
+        count = 0
+        lost: list[int] = []
+        limit = chunk_count(volume.size) if volume.origin is None else 0
+        for chunk, slot in tables.current_items(volume.number):
+            what = f"volume {volume.name}, live chunk {chunk}"
+            if chunk >= limit:
+                yield Problem(kind="live", detail=f"{what}: beyond the volume's size", volume=volume.name)
+            if slot < MAX_SLOTS:
+                count += 1
+                if self._is_seen(slot):
+                    detail = f"{what}: its slot {slot} is another chunk's as well"
+                    yield Problem(kind="slot", detail=detail, volume=volume.name)
+                self._count_done()
+            elif slot == LOST_SLOT:
+                lost.append(chunk)
+        for first, length in coalesce(lost):
+            offset, size = first << CHUNK_SHIFT, length << CHUNK_SHIFT
+            detail = f"{volume.name}, bytes {offset} to {offset + size - 1}: {_UNREADABLE['lost']}"
+            yield Problem(kind="lost", detail=detail, volume=volume.name, offset=offset, length=size)
+        if count != tables.live_slots(volume.number):
+            detail = f"volume {volume.name}: the count of its live slots is wrong"
+            yield Problem(kind="live", detail=detail, volume=volume.name)
+
+    def _is_seen(self, slot: int) -> bool:
+        """Whether something points at the slot already; from now on something does."""
+        block, bit = slot >> BLOCK_SHIFT, 1 << (slot & (BLOCK - 1))
+        seen = self._seen.get(block, 0)
+        self._seen[block] = seen | bit
+        return bool(seen & bit)
+
+    def _count_done(self) -> None:
+        self._done += 1
+        if self._progress and self._done % PROGRESS_STEP == 0:
+            self._progress(min(self._done, self._total), self._total)
 
     def _check_record(self, served: Served, record: Record, before: int) -> Iterator[Problem]:
         volume = served.volume
@@ -140,15 +196,12 @@ class Checker:
             yield Problem(kind="record", detail=f"{what}: beyond the volume's size or epoch", volume=volume.name)
         if served.is_useless(before, record.epoch):
             yield Problem(kind="useless", detail=f"{what}: no snapshot needs it", volume=volume.name)
-        if record.has_slot:
-            block, bit = record.slot >> BLOCK_SHIFT, 1 << (record.slot & (BLOCK - 1))
-            if self._seen.get(block, 0) & bit:
-                detail = f"{what}: its slot {record.slot} is another chunk's as well"
-                yield Problem(kind="slot", detail=detail, volume=volume.name, **served.range(record, before))
-            self._seen[block] = self._seen.get(block, 0) | bit
-        self._done += 1
-        if self._progress and self._done % PROGRESS_STEP == 0:
-            self._progress(min(self._done, self._total), self._total)
+        if record.slot == BASE_SLOT and volume.origin is not None:
+            yield Problem(kind="record", detail=f"{what}: as in its base, but it has none", volume=volume.name)
+        if record.has_slot and self._is_seen(record.slot):
+            detail = f"{what}: its slot {record.slot} is another chunk's as well"
+            yield Problem(kind="slot", detail=detail, volume=volume.name, **served.range(record, before))
+        self._count_done()
 
     def _fault(self, volume: int, record: Record) -> str | None:
         """The kind of problem that keeps the record's content from being read."""
@@ -256,6 +309,8 @@ class _Unreadable:
 
 def reads_back(store: Chunks, volume: int, record: Record, buffer: memoryview) -> bool:
     """Whether the content of ``record`` is what was preserved.  ``buffer``: a chunk, to work in."""
+    if record.slot == BASE_SLOT:
+        return is_intact(volume, record, buffer[:0])
     if record.slot == ZERO_SLOT:
         buffer[:] = bytes(CHUNK)
     elif record.has_slot:

@@ -188,12 +188,14 @@ class Deletions:
 
     def _choose(self) -> Doomed:
         """The next snapshot to be dropped, if there is one."""
+        bases = {state.record.base for state in self._volumes.values()}
         found = [
             (snapshot.priority, snapshot.created, snapshot.epoch, state.name)
             for state in self._volumes.values()
             for snapshot in state.snapshots
             if not (snapshot.held or snapshot.connections or snapshot.priority >= KEEP)
             and state.record.rollback != snapshot.epoch
+            and (state.record.number, snapshot.epoch) not in bases
         ]
         if not found:
             return {}

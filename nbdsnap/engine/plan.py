@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from nbdsnap.engine.pool import Pool, origin_size
+from nbdsnap.engine.pool import Pool, check_kind, origin_size
 from nbdsnap.errors import InUseError, NotFoundError
 from nbdsnap.models import VolumeInfo
 from nbdsnap.store.fileio import FileIO
 from nbdsnap.store.origin import check_size
 
-WantedVolume = tuple[str, Path, int | None]
-"""Name, origin, size: the arguments of :meth:`Pool.volume_ensure`."""
+WantedVolume = tuple[str, Path | None, int | None]
+"""Name, origin (None: a thin volume), size: the arguments of :meth:`Pool.volume_ensure`."""
 
 
 def check_volumes(pool: Pool | None, wanted: Iterable[WantedVolume]) -> None:
@@ -23,7 +23,10 @@ def check_volumes(pool: Pool | None, wanted: Iterable[WantedVolume]) -> None:
     existing = {} if pool is None else {info.name: info for info in pool.volume_list()}
     for name, origin, size in wanted:
         if pool is not None and name in existing:
-            pool.volume_ensure(name, origin, size)  # creates nothing, since the volume is there
+            pool.volume_ensure(name, origin, size, thin=origin is None)  # creates nothing, since the volume is there
+        elif origin is None:
+            check_kind(origin, size, thin=True)
+            check_size(size or 0)
         else:
             _check_free(origin, existing.values())
             _check_origin(origin, size)

@@ -21,6 +21,7 @@ from types import MappingProxyType
 
 from nbdsnap.engine import accounting, files, stamps
 from nbdsnap.engine.check import Checker
+from nbdsnap.engine.clones import Clones, check_no_clones
 from nbdsnap.engine.deletion import KEEP, MIN_PRIORITY, Deletions, Doomed, check_deletable
 from nbdsnap.engine.device import Device
 from nbdsnap.engine.diff import ChangeMap, changed_blocks, extents
@@ -32,7 +33,6 @@ from nbdsnap.engine.reclaim import END_OF_EPOCHS
 from nbdsnap.engine.records import SnapshotRecord, VolumeRecord, VolumeState, now
 from nbdsnap.engine.recovery import recover
 from nbdsnap.engine.rollback import Progress, Rollbacks, find_target
-from nbdsnap.engine.snapshot import SnapshotDevice
 from nbdsnap.engine.space import Space
 from nbdsnap.engine.volume import Volume
 from nbdsnap.errors import (
@@ -62,7 +62,7 @@ from nbdsnap.store.chunkstore import ChunkStore
 from nbdsnap.store.fileio import FileIO
 from nbdsnap.store.index import IndexWriter, Record
 from nbdsnap.store.intentlog import IntentLog
-from nbdsnap.store.layout import DEFAULT_LOG_SIZE, INDEX_FILE, LOG_FILE, STORE_FILE
+from nbdsnap.store.layout import CHUNK, DEFAULT_LOG_SIZE, INDEX_FILE, LOG_FILE, STORE_FILE
 from nbdsnap.store.origin import Origin, check_size, create_origin
 from nbdsnap.store.originuse import is_written_elsewhere
 from nbdsnap.store.stranded import StrandedIntents
@@ -133,16 +133,20 @@ class Pool:
             self._deletions = Deletions(
                 self._lock, self._volumes, self._index, self._store, self._preserver, self._workers
             )
+            self._clones = Clones(
+                self._lock, self._volumes, self._index, self._store, io, self._preserver, self._workers
+            )
             refuses = options.on_full == "refuse-writes"
             self._rollbacks = Rollbacks(
                 self._lock, self._index, self._store, self._preserver, self._space, self._workers, refuses=refuses
             )
             if not refuses:
-                self._preserver.preservation.make_room = self._deletions.make_room
+                self._preserver.preservation.set_make_room(self._deletions.make_room)
             self._load()
             undo.pop_all()
         self._preserver.start()
         self._deletions.resume()
+        self._clones.resume()
 
     @classmethod
     def open(
@@ -187,12 +191,16 @@ class Pool:
             for number, epoch, value in reader.snapshots():
                 snapshots.setdefault(number, []).append(SnapshotRecord.from_json(epoch, value))
         for record in records:
+            if record.deleting:
+                self._clones.put_aside(record)
+                continue
             of_volume = snapshots.get(record.number, [])
             try:
                 self._volumes[record.name] = self._open_volume(record, of_volume)
             except NbdsnapError as error:
                 log.info("volume %s can't be served: %s", record.name, error)  # whoever asks for it is told
                 self._volumes[record.name] = VolumeState(record, of_volume, error)
+        records = [record for record in records if not record.deleting]
         stamps.remove_stamps(self._index, self._live_volumes())
         volumes = {volume.record.number: volume for volume in self._live_volumes()}
         undone = {
@@ -222,9 +230,23 @@ class Pool:
         """Known, but not served."""
         volume.close()
         self._volumes[volume.name] = VolumeState(volume.record, volume.snapshots + volume.deleting, problem)
+        for clone in self._clones.dependents(volume):
+            self._reopen(clone)
+
+    def _reopen(self, state: VolumeState) -> None:
+        """A clone, whose base can be read again, or can't any more."""
+        snapshots = [*state.snapshots, *state.deleting]
+        try:
+            reopened: VolumeState = self._open_volume(state.record, snapshots)
+        except NbdsnapError as error:
+            reopened = VolumeState(state.record, snapshots, error)
+        with self._lock:
+            reopened.deleting = state.deleting
+            self._volumes[state.name] = reopened
 
     def _open_volume(self, record: VolumeRecord, snapshots: list[SnapshotRecord]) -> Volume:
-        assert record.origin is not None
+        if record.origin is None:
+            return self._clones.open(record, snapshots)
         if is_written_elsewhere(Path(record.origin)):
             log.warning(
                 "volume %s: another program has %s open for writing: what it writes changes the snapshots, too",
@@ -239,7 +261,7 @@ class Pool:
                     hint="it was cut short while nbdsnap did not run; restore it to its full size",
                 )
             for other in self._live_volumes():
-                if other.origin.identity == origin.identity:
+                if isinstance(other.origin, Origin) and other.origin.identity == origin.identity:
                     raise InUseError(f"{origin.path} is the origin of volume {other.name} already")
             stamps.check_stamp(record, snapshots, origin)
         except BaseException:
@@ -327,10 +349,10 @@ class Pool:
         snapshot: SnapshotRecord,
         maps: Mapping[str, ChangeMap] = MappingProxyType({}),
         used: Sequence[SnapshotRecord] = (),
-    ) -> SnapshotDevice:
+    ) -> Device:
         """``used``: the bases of ``maps``, which its end is the end of using."""
         snapshot.connections += 1
-        return SnapshotDevice(volume, snapshot, self._index, self._store, maps, lambda: self._closed([snapshot, *used]))
+        return self._clones.open_snapshot(volume, snapshot, maps, lambda: self._closed([snapshot, *used]))
 
     def _base(self, volume: Volume, snapshot: SnapshotRecord | None, name: str) -> SnapshotRecord:
         base = volume.find(name)
@@ -365,27 +387,54 @@ class Pool:
 
     # Volumes
 
-    def volume_create(self, name: str, origin: Path, size: int | None = None) -> VolumeInfo:
-        """Make a volume of a raw file or block device, as it is.  A missing file is created, sparse, with ``size``."""
+    def volume_create(
+        self, name: str, origin: Path | None = None, size: int | None = None, *, thin: bool = False
+    ) -> VolumeInfo:
+        """Make a volume of a raw file or block device, as it is.  A missing file is created, sparse, with ``size``.
+
+        ``thin``: without a file, ``size`` bytes of zeroes, which take space as they are written.
+        """
+        check_kind(origin, size, thin=thin)
         self._check_new(name)
+        if origin is None:
+            assert size is not None
+            thin_size = check_size(size)
+            return self._preserver.run(
+                lambda: self._add_volume(name, lambda number: VolumeRecord(number, name, "thin", thin_size, None))
+            )
         path = origin.absolute()
+
+        def make(number: int) -> VolumeRecord:
+            return VolumeRecord(number, name, "origin", origin_size(self._io, path, size), str(path))
+
         if size is None or path.exists():
-            return self._preserver.run(lambda: self._add_volume(name, path, size))
+            return self._preserver.run(lambda: self._add_volume(name, make))
         create_origin(self._io, path, size)
         try:
-            return self._preserver.run(lambda: self._add_volume(name, path, size))
+            return self._preserver.run(lambda: self._add_volume(name, make))
         except BaseException:
             path.unlink(missing_ok=True)
             raise
+
+    def clone(self, snapshot: str, name: str) -> VolumeInfo:
+        """A writable volume with the snapshot's content, at once.  The snapshot can't be deleted while it is there."""
+        self._check_new(name)
+
+        def add() -> VolumeInfo:
+            state, base = self._snapshot(snapshot)
+            place = state.record.number, base.epoch
+            return self._add_volume(name, lambda n: VolumeRecord(n, name, "clone", base.size, None, base=place))
+
+        return self._preserver.run(add)
 
     def _check_new(self, name: str) -> None:
         if check_name(name) in self._volumes:
             raise AlreadyExistsError(f"volume {name} exists already")
 
-    def _add_volume(self, name: str, path: Path, size: int | None) -> VolumeInfo:
+    def _add_volume(self, name: str, make: Callable[[int], VolumeRecord]) -> VolumeInfo:
         self._check_new(name)
         meta = dict(self._meta)
-        record = VolumeRecord(meta["next_volume"], name, "origin", origin_size(self._io, path, size), str(path))
+        record = make(meta["next_volume"])
         volume = self._open_volume(record, [])
         meta["next_volume"] += 1
 
@@ -401,22 +450,27 @@ class Pool:
         with self._lock:
             self._meta = meta
             self._volumes[name] = volume
-        return _volume_info(volume)
+        return self._volume_info(volume)
 
-    def volume_ensure(self, name: str, origin: Path, size: int | None = None) -> VolumeInfo:
+    def volume_ensure(
+        self, name: str, origin: Path | None = None, size: int | None = None, *, thin: bool = False
+    ) -> VolumeInfo:
         """The volume, created where the pool lacks it.  ``size`` matters only then; another origin is an error."""
         if check_name(name) not in self._volumes:
-            return self.volume_create(name, origin, size)
+            return self.volume_create(name, origin, size, thin=thin)
+        check_kind(origin, size, thin=thin)
         state = self._state(name)
         if not isinstance(state.problem, OriginChangedError):  # that one is for a person to decide; others are served
             self._volume(name)
-        known = Path(state.record.origin or "")
-        if not origin.exists() or not origin.samefile(known):
+        known = None if state.record.origin is None else Path(state.record.origin)
+        if origin is None and known is None:
+            return self._volume_info(state)
+        if origin is None or known is None or not origin.exists() or not origin.samefile(known):
             raise OriginError(
-                f"volume {name} has the origin {known}, not {origin}",
+                f"volume {name} has {_said(known)}, not {_said(origin)}",
                 hint="name that one, or delete the volume first (its origin file stays)",
             )
-        return _volume_info(state)
+        return self._volume_info(state)
 
     def volume_accept(self, name: str) -> VolumeStatus:
         """Serve a volume although its origin was changed by another program, and mark its snapshots."""
@@ -432,17 +486,20 @@ class Pool:
         with self._lock:
             volume.deleting = state.deleting  # one list, whoever goes on reclaiming
             self._volumes[state.name] = volume
+        for clone in self._clones.dependents(volume):
+            self._reopen(clone)
 
     def volume_list(self) -> list[VolumeInfo]:
         with self._lock:
-            return [_volume_info(state) for _, state in sorted(self._volumes.items())]
+            return [self._volume_info(state) for _, state in sorted(self._volumes.items())]
 
     def volume_show(self, name: str) -> VolumeStatus:
         self._catch_up()
         return self._status_of(self._state(name))[0]
 
     def volume_delete(self, name: str, *, snapshots: bool = False, dry_run: bool = False) -> VolumeStatus:
-        """Forget a volume, and its snapshots where ``snapshots`` says so.  Its origin file stays as it is.
+        """Forget a volume, and its snapshots where ``snapshots`` says so.  Its origin file stays as it is; what a thin
+        volume or clone has in the store is freed.
 
         Returns what was (or, with ``dry_run``, would be) deleted.
         """
@@ -457,6 +514,8 @@ class Pool:
         self.snapshot_delete(doomed, dry_run=dry_run)
         if not dry_run:
             self._preserver.run(lambda: self._remove_volume(state))
+            if state.record.origin is None:
+                self._clones.reclaim(state.record.number)
         return status
 
     def _remove_volume(self, state: VolumeState) -> None:
@@ -472,7 +531,10 @@ class Pool:
                 state.close_gate()
                 self._preserver.drain([state])
                 state.sync_in_place()
-            self._index.update(lambda txn: txn.delete_volume(state.record.number))
+            if state.record.origin is None:
+                self._clones.mark_deleted(state)
+            else:
+                self._index.update(lambda txn: txn.delete_volume(state.record.number))
         except BaseException:
             with self._lock:
                 self._volumes[state.name] = state
@@ -556,8 +618,10 @@ class Pool:
         """The snapshots of ``names``, each once; refused where one can't be deleted."""
         with self._lock:
             found = self._group(names)
+            clones = self._clones.names_by_base()
             for state, snapshots in found.items():
                 for snapshot in snapshots:
+                    check_no_clones(clones, state, snapshot)
                     check_deletable(state, snapshot)
         return found
 
@@ -670,14 +734,32 @@ class Pool:
         """A volume with its snapshots, and its bytes by number of sharers."""
         with self._index.read() as reader:
             usage = list(reader.usage(state.record.number))
+            live = None if state.record.origin is not None else reader.live_slots(state.record.number) * CHUNK
         with self._lock:
             shares = accounting.shares(usage, state.epochs)
             infos = [
                 _snapshot_info(state, snapshot, exclusive, shared)
                 for snapshot, exclusive, shared in zip(state.snapshots, shares.exclusive, shares.shared, strict=True)
             ]
-            info = _volume_info(state).model_dump(exclude={"snapshots"})
-        return VolumeStatus(**info, snapshots=infos), shares.histogram
+            clones = self._clones.names_by_base()
+            for info, snapshot in zip(infos, state.snapshots, strict=True):
+                info.clones = clones.get((state.record.number, snapshot.epoch), [])
+            volume = self._volume_info(state).model_dump(exclude={"snapshots"})
+        return VolumeStatus(**volume, snapshots=infos, live_bytes=live), shares.histogram
+
+    def _volume_info(self, state: VolumeState) -> VolumeInfo:
+        record = state.record
+        return VolumeInfo(
+            name=record.name,
+            kind=record.kind,
+            size=record.size,
+            origin=record.origin,
+            base=self._clones.base_name(record),
+            created=record.created,
+            snapshots=len(state.snapshots),
+            connections=state.connections,
+            error=state.error,
+        )
 
     def settle(self) -> None:
         """Wait until all that was acknowledged before is in place, and durable there: the raw files are current."""
@@ -712,6 +794,18 @@ def origin_size(io: FileIO, path: Path, size: int | None) -> int:
     return check_size(origin.size)
 
 
+def check_kind(origin: Path | None, size: int | None, *, thin: bool) -> None:
+    """UsageError where it is not told what a volume is to be."""
+    if thin == (origin is not None):
+        raise UsageError("a volume has an origin, or is thin", hint="give it one of both")
+    if thin and size is None:
+        raise UsageError("a thin volume needs a size")
+
+
+def _said(origin: Path | None) -> str:
+    return "no origin (its data is in the pool)" if origin is None else f"the origin {origin}"
+
+
 def _check_unused(opened: VolumeState | SnapshotRecord, name: str) -> None:
     if opened.connections:
         raise InUseError(f"{name} is open: {opened.connections} connections", hint="disconnect its clients first")
@@ -729,20 +823,6 @@ def _export(volume: Volume, snapshot: SnapshotRecord | None) -> Export:
         return Export(volume.name, volume.size, False, f"live volume, {format_size(volume.size)}")
     taken = snapshot.created.isoformat(timespec="seconds")
     return Export(f"{volume.name}@{snapshot.name}", snapshot.size, True, f"snapshot taken {taken}")
-
-
-def _volume_info(state: VolumeState) -> VolumeInfo:
-    record = state.record
-    return VolumeInfo(
-        name=record.name,
-        kind=record.kind,
-        size=record.size,
-        origin=record.origin,
-        created=record.created,
-        snapshots=len(state.snapshots),
-        connections=state.connections,
-        error=state.error,
-    )
 
 
 def _snapshot_info(

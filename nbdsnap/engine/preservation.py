@@ -19,6 +19,8 @@ import xxhash
 
 from nbdsnap.engine.device import Op
 from nbdsnap.engine.pending import IntentOp, chunks_touched
+from nbdsnap.engine.redirect import Redirection
+from nbdsnap.engine.redirected import RedirectedVolume
 from nbdsnap.engine.space import Space, is_full
 from nbdsnap.engine.unreadable import is_unreadable, mark_snapshots, put_marks, read_again
 from nbdsnap.engine.volume import Volume
@@ -67,7 +69,7 @@ class Obstacles:
 
     @property
     def any_full(self) -> bool:
-        return any(is_full(error) for error, _ in self._chunks.values())
+        return any(is_full(error) for error, _ in self._chunks.values()) or any(map(is_full, self._ops.values()))
 
 
 class Preservation:
@@ -77,12 +79,19 @@ class Preservation:
         self._index = index
         self._store = store
         self._space = space
+        self._redirection = Redirection(index, store, slice_chunks)
         self._old = memoryview(bytearray(slice_chunks * CHUNK))
         self.make_room: Callable[[int], bool] = _no_room
         """Goes some way towards that many free slots (:meth:`nbdsnap.engine.deletion.Deletions.make_room`)."""
 
+    def set_make_room(self, make_room: Callable[[int], bool]) -> None:
+        self.make_room = self._redirection.make_room = make_room
+
     def make_way(self, batch: list[Item]) -> Obstacles:
-        """Preserve what the operations are about to change, as far as that is possible."""
+        """Preserve what the operations are about to change, as far as that is possible.
+
+        Those of thin volumes and clones are done with that (:mod:`nbdsnap.engine.redirect`).
+        """
         obstacles = Obstacles()
         if sum(chunks_touched(op) for _, op in batch) <= self._space.room:
             self._preserve_for(batch, obstacles)
@@ -99,6 +108,16 @@ class Preservation:
         return obstacles
 
     def _preserve_for(self, items: list[Item], obstacles: Obstacles) -> None:
+        redirected: dict[RedirectedVolume, list[Op]] = {}
+        for volume, op in items:
+            if isinstance(volume, RedirectedVolume):
+                redirected.setdefault(volume, []).append(op)
+        for volume, ops in redirected.items():
+            undone, error = self._redirection.execute(volume, ops)
+            for op in undone:
+                obstacles.add_op(op, error)
+        if redirected:
+            items = [(volume, op) for volume, op in items if not isinstance(volume, RedirectedVolume)]
         for volume, chunks in self._plan(items, obstacles).items():
             try:
                 for start in range(0, len(chunks), len(self._old) >> CHUNK_SHIFT):
@@ -167,11 +186,12 @@ class Preservation:
         records, stored = self._make_records(volume, chunks, lost)
         losses = [needed[position] for position in sorted(lost)]
         runs = self._store.reserve(len(stored))
+        failed_syncs = self._store.failed_syncs
         try:
             _assign(records, runs)
             self._store.write(runs, _gather(self._old, stored))
             if runs:
-                self._store.sync()
+                self._store.sync(failed_syncs)
             self._index.update(lambda txn: self._commit(txn, volume, needed, records, losses))
         except DeviceError:
             raise  # whether the commit is on disk is not known: its slots stay out of use until the next start

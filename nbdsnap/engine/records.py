@@ -60,6 +60,8 @@ class VolumeRecord:
     ``stamp``: what the origin file was when it was closed (:mod:`nbdsnap.engine.stamps`); None while it is open.
     ``rollback``: the epoch of the snapshot whose content the volume has, although not all of it is in place yet
     (:mod:`nbdsnap.engine.rollback`); None where no rollback is under way.
+    ``base``: number of a volume and epoch of its snapshot, of which this one is a clone; None for others.
+    ``deleting``: it is gone for everyone, and only its space is still being given back.
     """
 
     number: int
@@ -71,6 +73,8 @@ class VolumeRecord:
     epoch: int = 1
     stamp: JsonObject | None = None
     rollback: int | None = None
+    base: tuple[int, int] | None = None
+    deleting: bool = False
 
     def to_json(self) -> JsonObject:
         return {
@@ -82,6 +86,8 @@ class VolumeRecord:
             "epoch": self.epoch,
             "stamp": self.stamp,
             "rollback": self.rollback,
+            "base": self.base,
+            "deleting": self.deleting,
         }
 
     @classmethod
@@ -89,7 +95,15 @@ class VolumeRecord:
         fields = {key: value[key] for key in ("name", "kind", "size", "origin", "epoch")}
         created = datetime.fromisoformat(value["created"])
         later: JsonObject = {key: value.get(key) for key in ("stamp", "rollback")}
-        return cls(number=number, created=created, **later, **fields)
+        base, deleting = value.get("base"), value.get("deleting", False)
+        return cls(
+            number=number,
+            created=created,
+            base=None if base is None else (base[0], base[1]),
+            deleting=deleting,
+            **later,
+            **fields,
+        )
 
 
 class VolumeState:

@@ -67,10 +67,10 @@ def remove_stamps(index: Index, volumes: Iterable[Volume]) -> None:
 
 def put_stamps(index: Index, volumes: Iterable[Volume]) -> None:
     """At the clean end, when no byte of the origins of ``volumes`` changes any more."""
-    stamped = [volume for volume in volumes if volume.snapshots]
-    for volume in stamped:  # or a power cut would take the modification time back, and leave the stamp
-        volume.origin.sync_with_times()
-    _store(index, [(volume, stamp_of(volume.origin)) for volume in stamped])
+    stamped = [(volume, volume.origin) for volume in volumes if volume.snapshots and isinstance(volume.origin, Origin)]
+    for _, origin in stamped:  # or a power cut would take the modification time back, and leave the stamp
+        origin.sync_with_times()
+    _store(index, [(volume, stamp_of(origin)) for volume, origin in stamped])
 
 
 def _store(index: Index, stamps: list[tuple[Volume, JsonObject | None]]) -> None:

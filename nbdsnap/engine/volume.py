@@ -41,7 +41,8 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 from nbdsnap.engine.device import STATE_HOLE, STATE_ZERO, Device, Op, OpKind
 from nbdsnap.engine.pending import IntentSet, lay_over, uncovered
@@ -51,7 +52,6 @@ from nbdsnap.errors import DeviceError, InUseError
 from nbdsnap.store.chunkbits import ChunkBits
 from nbdsnap.store.fileio import FileIO
 from nbdsnap.store.layout import CHUNK, CHUNK_SHIFT, chunk_count
-from nbdsnap.store.origin import Origin
 
 if TYPE_CHECKING:
     from nbdsnap.engine.preserver import Preserver
@@ -66,14 +66,33 @@ NOW_LIMIT = 256 << 10
 """Bytes: a longer write is copied on a worker thread, so that the caller's does not stand still for long."""
 
 
+class Backing(Protocol):
+    """What holds a volume's live data: an :class:`~nbdsnap.store.origin.Origin`, or
+    :class:`~nbdsnap.engine.livechunks.LiveChunks`.  Offsets are the volume's."""
+
+    fd: int
+    path: Path
+
+    def read_into(self, buffer: memoryview, offset: int) -> None: ...
+    def write(self, data: bytes | bytearray | memoryview, offset: int) -> None: ...
+    def sync(self) -> None: ...
+    def punch_hole(self, offset: int, length: int) -> None: ...
+    def zero_range(self, offset: int, length: int) -> None: ...
+    def data_extents(self, offset: int, length: int) -> Iterator[tuple[int, int]]: ...
+    def will_need(self, offset: int, length: int) -> None: ...
+    def is_sparse(self) -> bool: ...
+    def drop_cached(self, offset: int, length: int) -> None: ...
+    def close(self) -> None: ...
+
+
 class Volume(VolumeState):
-    """An origin volume whose data can be reached."""
+    """A volume whose data can be reached: here an origin; others in :mod:`nbdsnap.engine.redirected`."""
 
     def __init__(
         self,
         record: VolumeRecord,
         snapshots: list[SnapshotRecord],
-        origin: Origin,
+        origin: Backing,
         io: FileIO,
         preserver: Preserver,
         workers: Executor,
@@ -259,7 +278,7 @@ class Volume(VolumeState):
             patches = self.intents.patches(offset, offset + length)
         data = list(self.origin.data_extents(offset, length))
         data += [(start, start + len(content)) for _, start, content in patches]
-        return _extents(sorted(data), offset, offset + length)
+        return extents_of(sorted(data), offset, offset + length)
 
     def depths(self, offset: int, length: int) -> list[tuple[int, int]]:
         return [(size, 0 if flags & STATE_HOLE else 1) for size, flags in self.extents(offset, length)]
@@ -507,12 +526,12 @@ class Volume(VolumeState):
         self.origin.close()
 
 
-def data_and_holes(origin: Origin, offset: int, length: int) -> list[tuple[int, int]]:
+def data_and_holes(origin: Backing, offset: int, length: int) -> list[tuple[int, int]]:
     """``(length, flags)`` extents of a range of an origin: see :meth:`nbdsnap.engine.device.Device.extents`."""
-    return _extents(origin.data_extents(offset, length), offset, offset + length)
+    return extents_of(origin.data_extents(offset, length), offset, offset + length)
 
 
-def _extents(data: Iterable[tuple[int, int]], offset: int, end: int) -> list[tuple[int, int]]:
+def extents_of(data: Iterable[tuple[int, int]], offset: int, end: int) -> list[tuple[int, int]]:
     """``data``: ascending ranges, which may touch or overlap; what is between them is holes."""
     found: list[tuple[int, int]] = []
 

@@ -166,7 +166,7 @@ def run(config: Config, accepted: Sequence[str] = ()) -> int:
             pool = Pool.open(config.pool.path, _pool_options(config), create=True)
             opened.callback(pool.close)
         for volume in config.volumes:
-            pool.volume_ensure(volume.name, volume.origin, volume.size)
+            pool.volume_ensure(volume.name, volume.origin, volume.size, thin=volume.thin)
         for name in accepted:
             pool.volume_accept(name)
         for info in pool.volume_list():

@@ -10,13 +10,14 @@ then.
 * Free space is given back to the file system by punching holes.  A crash before that leaves space taken, and no harm:
   the slot is free all the same.
 
-The owner serialises all calls but :meth:`read_into` and :meth:`read_now`, which any thread may make.
+The owner serialises all calls but those that read, :meth:`sync` and :meth:`write_inside`, which any thread may make.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -68,6 +69,8 @@ class ChunkStore:
         )
         """Stack of blocks below the end that may have free slots, the lowest on top."""
         self._queued = set(self._holes)
+        self._sync_lock = threading.Lock()
+        self.failed_syncs = 0
 
     def close(self) -> None:
         self._io.close(self.fd)
@@ -143,17 +146,29 @@ class ChunkStore:
                     position, offset_in = position + 1, 0
             self._io.write_all(self.fd, batch, first << CHUNK_SHIFT)
 
-    def sync(self) -> None:
-        self._io.fdatasync(self.fd)
+    def sync(self, failed_before: int | None = None) -> None:
+        """Make durable what was written before this call.
 
-    def read_into(self, buffer: memoryview, slot: int) -> None:
-        """Fill ``buffer`` from ``slot`` and the slots after it."""
-        self._io.read_into(self.fd, buffer, slot << CHUNK_SHIFT)
+        ``failed_before``: ``failed_syncs`` when the writing began.  The kernel tells an error of writing back only
+        once, and may have told it to another thread's sync meanwhile: then this one fails, too.
+        """
+        with self._sync_lock:
+            try:
+                self._io.fdatasync(self.fd)
+            except OSError:
+                self.failed_syncs += 1
+                raise
+            if failed_before is not None and self.failed_syncs != failed_before:
+                raise OSError(errno.EIO, "an earlier sync of it failed", str(self.path))
 
-    def read_now(self, buffer: memoryview, slot: int) -> bool:
+    def read_into(self, buffer: memoryview, slot: int, inside: int = 0) -> None:
+        """Fill ``buffer`` from byte ``inside`` of ``slot`` on, and from the slots after it."""
+        self._io.read_into(self.fd, buffer, (slot << CHUNK_SHIFT) + inside)
+
+    def read_now(self, buffer: memoryview, slot: int, inside: int = 0) -> bool:
         """The same from the page cache only; False where the disk would be waited for."""
         try:
-            return self._io.preadv(self.fd, [buffer], slot << CHUNK_SHIFT, os.RWF_NOWAIT) == len(buffer)
+            return self._io.preadv(self.fd, [buffer], (slot << CHUNK_SHIFT) + inside, os.RWF_NOWAIT) == len(buffer)
         except BlockingIOError:
             return False
         except OSError as error:
@@ -161,8 +176,12 @@ class ChunkStore:
                 return False
             raise
 
-    def will_need(self, slot: int) -> None:
-        self._io.will_need(self.fd, slot << CHUNK_SHIFT, CHUNK)
+    def write_inside(self, slot: int, inside: int, data: Buffer) -> None:
+        """Write ``data`` from byte ``inside`` of ``slot`` on.  Any thread may, for a slot whose owner it is."""
+        self._io.write_all(self.fd, [data], (slot << CHUNK_SHIFT) + inside)
+
+    def will_need(self, slot: int, count: int = 1) -> None:
+        self._io.will_need(self.fd, slot << CHUNK_SHIFT, count << CHUNK_SHIFT)
 
     @property
     def file_slots(self) -> int:

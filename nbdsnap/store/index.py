@@ -21,6 +21,8 @@ table          key                                  value
 ``changed``    u32 volume, u32 epoch, u32 block     chunk set: the chunks of the block with a record of that epoch
 ``slots``      u32 block                            chunk set: the slots of the block that are in use
 ``usage``      u32 volume, u32 previous, u32 epoch  u64: slots in records with that epoch and that previous one
+``current``    u32 volume, u40 group                live chunks of thin volumes and clones: :mod:`nbdsnap.store.current`
+``live``       u32 volume                           u64: slots in ``current``
 =============  ===================================  ================================================================
 
 * ``changed`` is exactly ``preserved`` turned around, and gives what a diff or a deletion must look at.
@@ -57,13 +59,16 @@ import xxhash
 
 from nbdsnap.errors import CorruptionError, DeviceError, NoSpaceError
 from nbdsnap.store import chunkset
-from nbdsnap.store.layout import BLOCK_SHIFT, FORMAT_VERSION, MAX_SLOTS
+from nbdsnap.store.current import CurrentTable
+from nbdsnap.store.layout import BLOCK_SHIFT, FORMAT_VERSION, MAX_CHUNKS, MAX_SLOTS
 
 T = TypeVar("T")
 JsonObject = dict[str, Any]
 Stored = bytes | memoryview
 
-TABLES = ("meta", "volumes", "snapshots", "preserved", "changed", "slots", "usage")
+TABLES = ("meta", "volumes", "snapshots", "preserved", "changed", "slots", "usage", "current", "live")
+LATER_TABLES = ("current", "live")
+"""Those that a pool of the format's first version lacks until it is opened for the first time by a later one."""
 
 MAX_READERS = 510
 """Read transactions at a time: one for each worker thread and command, with room."""
@@ -96,7 +101,8 @@ def checksum_seed(volume: int, chunk: int, epoch: int) -> int:
 
 
 class Record:
-    """A preserved chunk: ``slot`` is ZERO_SLOT where it is all zeroes, LOST_SLOT where it was lost."""
+    """A preserved chunk: ``slot`` is ZERO_SLOT where it is all zeroes, BASE_SLOT where it is as in the volume's base,
+    LOST_SLOT where it was lost."""
 
     __slots__ = ("checksum", "chunk", "epoch", "slot")
 
@@ -216,6 +222,16 @@ class IndexReader:
         """``(block, set)`` of the slots in use, ascending."""
         for key, value in self._txn.cursor(self._db["slots"]):
             yield _U32.unpack(key)[0], _decode_set(value, "slots")
+
+    def current(self, volume: int) -> CurrentTable:
+        return CurrentTable(self._txn, self._db, volume)
+
+    def current_items(self, volume: int) -> Iterator[tuple[int, int]]:
+        """``(chunk, slot)`` of all live chunks that have an entry, ascending."""
+        return self.current(volume).items(0, MAX_CHUNKS)
+
+    def live_slots(self, volume: int) -> int:
+        return self.current(volume).live_slots()
 
     def usage(self, volume: int) -> Iterator[tuple[int, int, int]]:
         """``(previous, epoch, slots)`` for every interval of the volume that has records with slots."""

@@ -35,8 +35,11 @@ ZERO_SLOT = MAX_CHUNKS - 1
 LOST_SLOT = MAX_CHUNKS - 2
 """In place of a slot: the preserved chunk was lost to damage, and removed by a repair.  Reading it is an error."""
 
+BASE_SLOT = MAX_CHUNKS - 3
+"""In place of a slot: the chunk was never written in this volume, a clone, so it is what the clone's base holds."""
+
 MAX_VOLUME_SIZE = (MAX_CHUNKS - 1) << CHUNK_SHIFT
-MAX_SLOTS = MAX_CHUNKS - 2
+MAX_SLOTS = MAX_CHUNKS - 3
 """Numbers from here on are none of the store's."""
 
 INDEX_FILE = "index.mdb"

@@ -14,10 +14,12 @@ from pathlib import Path
 
 from nbdsnap.errors import CorruptionError
 from nbdsnap.store import chunkset
+from nbdsnap.store.current import COUNT, CURRENT_KEY, GROUP, GROUP_SHIFT, LIVE_KEY, decode_group, unpack_key
 from nbdsnap.store.fileio import FileIO
 from nbdsnap.store.index import (
     CHANGED_KEY,
     ITEM,
+    LATER_TABLES,
     SNAPSHOT_KEY,
     TABLES,
     USAGE_KEY,
@@ -133,9 +135,28 @@ class Salvage:
                 if number == volume:
                     yield previous, epoch, _U64.unpack(entry.value)[0]
 
+    def current_items(self, volume: int) -> Iterator[tuple[int, int]]:
+        """``(chunk, slot)`` of the volume's live chunks."""
+        for entry in self._entries("current"):
+            if len(entry.key) != CURRENT_KEY.size or unpack_key(entry.key)[0] != volume:
+                continue
+            try:
+                yield from decode_group(entry.key, entry.value)
+            except ValueError as error:
+                first = unpack_key(entry.key)[1] << GROUP_SHIFT
+                self._add(Damage("current", str(error), volume, first, first + GROUP))
+
+    def live_slots(self, volume: int) -> int:
+        for entry in self._entries("live"):
+            if entry.key == LIVE_KEY.pack(volume) and len(entry.value) == COUNT.size:
+                return int(COUNT.unpack(entry.value)[0])
+        return 0
+
     # Entries and what is none
 
     def _entries(self, table: str, key: bytes | None = None) -> Iterator[Entry]:
+        if table in LATER_TABLES and table not in self._pages.tables():
+            return  # as the format's first version left it
         for found in self._pages.read(table, key):
             if isinstance(found, Entry):
                 yield found

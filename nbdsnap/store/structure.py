@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nbdsnap.errors import CorruptionError
+from nbdsnap.store.current import CURRENT_KEY, LIVE_KEY
 from nbdsnap.store.fileio import FileIO
 from nbdsnap.store.index import CHANGED_KEY, ITEM, SNAPSHOT_KEY, TABLES, USAGE_KEY
 
@@ -41,10 +42,12 @@ KEY_SIZES = {
     "changed": CHANGED_KEY.size,
     "slots": 4,
     "usage": USAGE_KEY.size,
+    "current": CURRENT_KEY.size,
+    "live": LIVE_KEY.size,
 }
 """Bytes; the keys of other tables are of any length."""
 
-VALUE_SIZES = {"usage": 8}
+VALUE_SIZES = {"usage": 8, "live": 8}
 DUPLICATES = {"preserved": ITEM.size}
 """Tables whose values are sorted items, and their size."""
 

@@ -88,7 +88,7 @@ MISTAKES = {
     "unknown key": ("[server]\nport = 1", "[server] port: unknown key; allowed here: listen, control"),
     "unknown key beside a missing one": (
         '[[volume]]\nname = "v"\norgin = "x"',
-        "[[volume]] 1 (v): orgin: unknown key; allowed here: name, origin, size",
+        "[[volume]] 1 (v): orgin: unknown key; allowed here: name, origin, thin, size",
     ),
     "a key that is ours": ("file = 1", "unknown key 'file'; allowed here: server, pool, volume"),
     "section of a wrong type": ("server = 5", "[server]: 5 does not fit; allowed: a table"),

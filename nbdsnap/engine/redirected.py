@@ -1,0 +1,144 @@
+"""A volume whose live data is in the store: a thin volume, or a clone.
+
+It differs from an origin in one thing: what a snapshot still needs is not copied out of the way of a write, but stays
+where it is, and the write goes to a new slot (:mod:`nbdsnap.engine.redirect`).  So a chunk is exclusive, and written
+in place, when it has a slot of its own, which no snapshot needs, and no live intent.  Everything else, all zeroing and
+whatever is too long to be done at once, is the preserver's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import Executor
+from typing import TYPE_CHECKING
+
+from nbdsnap.engine.device import Extent, Op, OpKind
+from nbdsnap.engine.livechunks import LiveChunks, Run, layers
+from nbdsnap.engine.records import SnapshotRecord, VolumeRecord
+from nbdsnap.engine.slotmap import FIRST
+from nbdsnap.engine.volume import NOW_LIMIT, Volume
+from nbdsnap.errors import DeviceError
+from nbdsnap.store.fileio import FileIO
+from nbdsnap.store.layout import CHUNK, CHUNK_SHIFT, chunk_count
+
+if TYPE_CHECKING:
+    from nbdsnap.engine.preserver import Preserver
+
+
+class RedirectedVolume(Volume):
+    """A thin volume or clone whose data can be reached."""
+
+    def __init__(
+        self,
+        record: VolumeRecord,
+        snapshots: list[SnapshotRecord],
+        chunks: LiveChunks,
+        io: FileIO,
+        preserver: Preserver,
+        workers: Executor,
+    ) -> None:
+        super().__init__(record, snapshots, chunks, io, preserver, workers)
+        self.chunks = chunks
+        chunks.lock = self.lock
+
+    def read_in_place_now(self, buffer: memoryview, offset: int) -> bool:
+        return self.chunks.read_now(buffer, offset)
+
+    def write_now(self, offset: int, data: memoryview) -> bool:
+        if len(data) > NOW_LIMIT:
+            return False
+        with self.lock:
+            return self._gate_open and self._put_now(offset, data)
+
+    def _put_now(self, offset: int, data: memoryview) -> bool:
+        """Under ``lock``: write in place, or into the log."""
+        end = offset + len(data)
+        runs = self._writable(offset >> CHUNK_SHIFT, chunk_count(end))
+        if runs is None:
+            return self._write_intent(offset, data)
+        if (offset | end) & (CHUNK - 1) and not self._edges_cached(offset, end):
+            return False
+        for first, stop, place in runs:
+            low, high = max(first << CHUNK_SHIFT, offset), min(stop << CHUNK_SHIFT, end)
+            slot = place - FIRST + (low >> CHUNK_SHIFT) - first
+            self._write_run(slot, low & (CHUNK - 1), data[low - offset : high - offset])
+        self._written += 1
+        return True
+
+    def _writable(self, first: int, end: int) -> list[Run] | None:
+        """Where the chunks [first, end) lie, if all are certain to be exclusive."""
+        if self._exclusive is not None and not self._exclusive.covers(first, end):
+            return None
+        if self.intents and self.intents.any_live(first, end):
+            return None
+        runs = self.chunks.slots.runs(first, end)
+        return None if runs is None or any(place < FIRST for _, _, place in runs) else runs
+
+    def _write_run(self, slot: int, inside: int, data: memoryview) -> None:
+        written = self._pwrite(self._fd, data, (slot << CHUNK_SHIFT) + inside)
+        if written != len(data):
+            self.chunks.store.write_inside(slot, inside + written, data[written:])
+
+    def _edges_cached(self, offset: int, end: int) -> bool:
+        """As far as it is known where they lie: else the preserver finds out."""
+        return (not offset & (CHUNK - 1) or self._is_cached(offset >> CHUNK_SHIFT)) and (
+            not end & (CHUNK - 1) or self._is_cached(end >> CHUNK_SHIFT)
+        )
+
+    def _is_cached(self, chunk: int) -> bool:
+        place = self.chunks.slots.get(chunk)
+        return place < FIRST or self.chunks.store.read_now(memoryview(bytearray(1)), place - FIRST)
+
+    def _submit(self, op: Op, *, edges_read: bool) -> None:
+        with self.lock:
+            refusal = self._refusal
+            done = False
+            if self._gate_open and op.kind == OpKind.WRITE and op.length <= NOW_LIMIT:
+                assert op.data is not None
+                done = self._put_now(op.offset, memoryview(op.data))
+            if not done and refusal is None:
+                if self._parked is None:
+                    self._preserver.submit(self, op)
+                else:
+                    self._parked.append(op)
+        if done:
+            self.finish(op, None)
+        elif refusal is not None:
+            self.finish(op, refusal)
+
+    def depths(self, offset: int, length: int) -> list[Extent]:
+        if self.view is not None:
+            return self.view.depths(offset, length)
+        with self.lock:
+            patches = self.intents.patches(offset, offset + length)
+        own = self.chunks.own_extents(offset, length)
+        own += [(max(start, offset), min(start + len(data), offset + length)) for _, start, data in patches]
+        return layers(sorted(own), self.chunks.base.data_extents(offset, length), offset, offset + length)
+
+    def exclusive_slot(self, chunk: int) -> int | None:
+        """On the preserver's thread: the slot that the chunk may be written to in place, if that is known.  A live
+        intent does not matter to the preserver, who applies them in their order."""
+        place = self.chunks.slots.get(chunk)
+        if place < FIRST or (self._exclusive is not None and not self._exclusive.covers(chunk, chunk + 1)):
+            return None
+        return place - FIRST
+
+    def learn(self, slots: Iterable[tuple[int, int]], chunks: Iterable[int], exclusive: list[int]) -> None:
+        """On the preserver's thread: what the index says of ``chunks``, and which of them are exclusive."""
+        known = dict(slots)
+        with self.lock:
+            for chunk in chunks:
+                self.chunks.slots.put(chunk, known.get(chunk))
+        self.mark_exclusive(exclusive)
+
+    def apply_intent(self, op: Op) -> None:
+        """It is in place already, where nothing was in its way (:class:`nbdsnap.engine.redirect.Redirection`)."""
+        if self.failure is not None:
+            raise DeviceError(self.failure)
+
+    def apply(self, op: Op) -> None:
+        """Likewise."""
+        if self.failure is not None:
+            raise DeviceError(self.failure)
+        with self.lock:
+            self._written += 1
