@@ -7,14 +7,16 @@ announce.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 
 from nbdsnap.errors import ProtocolError
 from nbdsnap.nbd.negotiation import NegotiationLimits, State, TlsMode
 from nbdsnap.nbd.options import InvalidOptionError, parse_contexts, parse_info
-from nbdsnap.nbd.transmission import DROPPED, NO_PAYLOAD, RequestParser
+from nbdsnap.nbd.session import ExportInfo, Session
+from nbdsnap.nbd.transmission import DROPPED, NO_PAYLOAD, RequestParser, check_request, status_query
 from tests.support import nbdwire
-from tests.support.nbdpair import Pair, Stream
+from tests.support.nbdpair import SIZE, Pair, Stream
 
 LIMITS = NegotiationLimits(option_length=2000, options=40, contexts=3, output=500)
 LARGEST_REPLY = 2000
@@ -84,6 +86,28 @@ def transmission(data: bytes, cuts: Iterable[int] = (), extended: bool = False) 
     whole = _transmit(data, (), extended)
     assert _transmit(data, cuts, extended) == whole
     assert _transmit(data, range(len(data)), extended) == whole
+
+
+def checked_requests(data: bytes, *, extended: bool, read_only: bool, structured: bool) -> None:
+    """What the parser hands out is accepted, and then lies within the export, or gets one documented error."""
+    structured = structured or extended
+    export = ExportInfo("vol", SIZE, read_only=read_only)
+    contexts = ((1, "base:allocation"), (2, "x-nbdsnap:changed:monday")) if structured else ()
+    flags = export.transmission_flags(structured=structured, status_payload=extended)
+    session = Session(None, export, flags, structured, extended, contexts)
+    stream = Stream(RequestParser(extended, max_payload=MAX_PAYLOAD))
+    with contextlib.suppress(ProtocolError):
+        stream.feed(data)
+    for (command, flags, _, offset, length, _), payload in zip(stream.requests, stream.payloads, strict=True):
+        if command == nbdwire.BLOCK_STATUS:
+            query = status_query(flags, length, payload, session)
+            if query is None:
+                continue
+            length = query[0]
+            assert set(query[1]) <= set(contexts)
+        error = check_request(command, flags, offset, length, SIZE, read_only, session)
+        assert error in (0, nbdwire.EPERM, nbdwire.EINVAL, nbdwire.ENOSPC, nbdwire.EOVERFLOW) or command == nbdwire.DISC
+        assert error or command == nbdwire.DISC or offset + length <= SIZE
 
 
 def option_data(data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""nbdinfo and nbdcopy: what exports look like, and whole copies in every direction."""
+"""nbdinfo, nbdcopy and nbddump: what exports look like, and whole copies in every direction."""
 
 from __future__ import annotations
 
@@ -110,3 +110,22 @@ def test_nbdcopy_keeps_a_sparse_volume_sparse(sparse_volume: LiveVolume, tmp_pat
     assert out.stat().st_blocks * 512 <= 3 * MIB
     run("nbdcopy", "--flush", out, sparse_volume.uri)
     assert sparse_volume.origin.stat().st_blocks * 512 <= 3 * MIB
+
+
+def test_nbddump_of_a_live_volume_and_its_snapshot(sparse_volume: LiveVolume) -> None:
+    """It skips what block status says is zero, so data out of place would show."""
+    run("qemu-io", "-f", "raw", "-c", f"write -P 0x41 {MIB} 4k", "-c", "flush", sparse_volume.uri)
+    snapshot = sparse_volume.snapshot("a")
+    run("qemu-io", "-f", "raw", "-c", f"write -P 0x42 {MIB + 8} 8", "-c", "flush", sparse_volume.uri)
+    zeroes, letters = " ".join(["00"] * 8), " ".join(["41"] * 8)
+    first = f"0000000000: {zeroes}  {zeroes} |................|"
+    last = f"{sparse_volume.size - 16:010x}: {zeroes}  {zeroes} |................|"
+    data = f"{MIB:010x}: {letters}  {letters} |AAAAAAAAAAAAAAAA|"
+    assert _dump(snapshot) == [first, "*", data, "*", f"{MIB + 4096:010x}{first[10:]}", "*", last]
+    changed = f"{MIB:010x}: {letters}  {letters.replace('41', '42')} |AAAAAAAABBBBBBBB|"
+    assert changed in _dump(sparse_volume.uri)
+    assert _dump(sparse_volume.uri, f"--length={MIB + 16}")[-1] == changed
+
+
+def _dump(uri: str, *options: str) -> list[str]:
+    return run("nbddump", *options, uri).splitlines()
