@@ -40,6 +40,8 @@ class SnapshotInfo(BaseModel):
     """Volumes that are clones of it."""
     problem: str | None = None
     """Why its content may differ from what it was, or can't all be read; None where all is well."""
+    id: str = ""
+    """Two snapshots with the same one have the same content, whichever pools they are in."""
 
 
 class Extent(BaseModel):
@@ -188,3 +190,31 @@ class DeltaInfo(BaseModel):
     bytes: int
     encodings: dict[str, DeltaEncoding]
     digest: str
+
+
+class SendReport(BaseModel):
+    """What was sent, or would be.  ``bytes``: of the volume that are looked at: as much as there is to send, at most.
+
+    ``stream_bytes``: written; 0 where nothing was.
+    """
+
+    snapshot: str
+    base: str | None
+    size: int
+    bytes: int
+    extents: int
+    stream_bytes: int
+    digest: str
+    done: bool
+
+
+class ReceiveReport(BaseModel):
+    """What was received.  ``token``: where nothing came now, what the rest of an earlier stream is asked for with."""
+
+    snapshot: str
+    size: int
+    stream_bytes: int
+    bytes: int
+    digest: str
+    done: bool
+    token: str | None = None

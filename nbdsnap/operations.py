@@ -15,20 +15,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, create_model
 
-from nbdsnap.errors import NbdsnapError, from_wire
+from nbdsnap.errors import NbdsnapError, UsageError, from_wire
 from nbdsnap.models import (
     CheckReport,
     Extent,
     PoolStatus,
+    ReceiveReport,
     RollbackReport,
+    SendReport,
     SnapshotDeletion,
     SnapshotInfo,
     VolumeInfo,
@@ -132,6 +135,36 @@ class RollbackTo(Request):
     name: str
     force: bool = False
     dry_run: bool = False
+
+
+class Send(Request):
+    """``stream``: where the delta is written: a file or FIFO, or a socket (see :mod:`nbdsnap.transfer.channel`).
+
+    ``from``: a snapshot of the same volume, as ``VOLUME@NAME``.  ``resume``: a token, instead of names.
+    """
+
+    to: str | None = None
+    from_: str | None = Field(default=None, alias="from")
+    stream: AbsolutePath | None = None
+    compress: Literal["none", "auto", "best"] = "auto"
+    rate_limit: int | None = Field(default=None, gt=0)
+    resume: str | None = None
+    dry_run: bool = False
+
+
+class ReceiveInto(Request):
+    """``stream``: where the delta is read: likewise.  ``resume``: keep what came where the stream is cut."""
+
+    volume: str
+    stream: AbsolutePath
+    name: str | None = None
+    create: bool = False
+    force: bool = False
+    resume: bool = False
+
+
+class ReceiveOf(Request):
+    volume: str
 
 
 class DiffRange(Request):
@@ -248,6 +281,56 @@ def _rollback(pool: Pool, request: RollbackTo, emit: Emit) -> RollbackReport:
     return pool.rollback(request.name, force=request.force, dry_run=request.dry_run, progress=_progress_to(emit))
 
 
+def _send(pool: Pool, request: Send, emit: Emit) -> SendReport:
+    from nbdsnap.delta.choice import Compression
+    from nbdsnap.transfer.channel import opened_stream
+    from nbdsnap.transfer.pace import Progress as Pace
+    from nbdsnap.transfer.pace import RateLimit
+    from nbdsnap.transfer.send import Sender, select
+    from nbdsnap.transfer.streams import Sink
+
+    pace = Pace(_emit_to(emit))
+    with Sender(pool, select(pool, request.to, request.from_, request.resume), Compression(request.compress)) as sender:
+        if request.dry_run:
+            return sender.report()
+        if request.stream is None:
+            raise UsageError("there is nowhere to send it to", hint="name a `stream`")
+        with opened_stream(request.stream, write=True) as fd, closing(Sink(fd, pace.tick)) as sink:
+            return sender.send(sink, pace, RateLimit(request.rate_limit, pace.tick))
+
+
+def _receive(pool: Pool, request: ReceiveInto, emit: Emit) -> ReceiveReport:
+    from nbdsnap.transfer.channel import opened_stream
+    from nbdsnap.transfer.pace import Progress as Pace
+    from nbdsnap.transfer.receive import nothing_came, receive
+    from nbdsnap.transfer.streams import Source
+
+    pace = Pace(_emit_to(emit))
+    with opened_stream(request.stream, write=False) as fd:
+        source = Source(fd, pace.tick)
+        if request.resume and (known := nothing_came(pool, request.volume, source)) is not None:
+            return known
+        return receive(
+            pool,
+            request.volume,
+            source,
+            pace,
+            name=request.name,
+            create=request.create,
+            force=request.force,
+            resumable=request.resume,
+        )
+
+
+def _receive_abort(pool: Pool, request: ReceiveOf, _: Emit) -> VolumeStatus:
+    pool.receive_abort(request.volume)
+    return pool.volume_show(request.volume)
+
+
+def _emit_to(emit: Emit) -> Callable[[int, int], None]:
+    return lambda done, total: emit(Progress.model_construct(done=done, total=total))
+
+
 VOLUME_CREATE: Operation[VolumeCreate, VolumeInfo] = Operation(
     "volume.create",
     "Add a volume: its live data is the raw file or block device `origin`, or in the pool where it is `thin`.",
@@ -342,6 +425,32 @@ ROLLBACK: Operation[RollbackTo, RollbackReport] = Operation(
     _rollback,
     Progress,
 )
+SEND: Operation[Send, SendReport] = Operation(
+    "send",
+    "Write a delta stream to `stream`: the snapshot `to`, whole, or as what differs from the older one `from`; or the "
+    "rest of a stream that was cut, which the token `resume` tells. With `dry_run`, only say how much that would be.",
+    Send,
+    SendReport,
+    _send,
+    Progress,
+)
+RECEIVE: Operation[ReceiveInto, ReceiveReport] = Operation(
+    "receive",
+    "Read a delta stream from `stream` into a volume. The snapshot appears, as `name` where one is given, when all of "
+    "it has come and was verified; else nothing changes. With `force`, the volume is rolled back to the base first. "
+    "With `resume`, what came of a stream that is cut is kept, and an empty stream is answered by its `token`.",
+    ReceiveInto,
+    ReceiveReport,
+    _receive,
+    Progress,
+)
+RECEIVE_ABORT: Operation[ReceiveOf, VolumeStatus] = Operation(
+    "receive.abort",
+    "Undo what has come of a stream that was cut.",
+    ReceiveOf,
+    VolumeStatus,
+    _receive_abort,
+)
 DIFF: Operation[DiffRange, DiffTotal] = Operation(
     "diff",
     "The ranges that changed from the snapshot `from` to the snapshot `to`, or to the live volume.",
@@ -382,6 +491,9 @@ OPERATIONS: dict[str, Operation[Any, Any]] = {
         SNAPSHOT_PRIORITY,
         CLONE,
         ROLLBACK,
+        SEND,
+        RECEIVE,
+        RECEIVE_ABORT,
         DIFF,
         STATUS,
         CHECK,

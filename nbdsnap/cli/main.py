@@ -39,6 +39,8 @@ COMMANDS = {
     "clone": "nbdsnap.cli.clone:clone",
     "rollback": "nbdsnap.cli.rollback:rollback",
     "diff": "nbdsnap.cli.diff:diff",
+    "send": "nbdsnap.cli.send:send",
+    "receive": "nbdsnap.cli.receive:receive",
     "delta": "nbdsnap.cli.delta:delta",
     "status": "nbdsnap.cli.status:status",
     "check": "nbdsnap.cli.check:check",

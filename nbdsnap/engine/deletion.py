@@ -115,6 +115,10 @@ class Deletions:
         """Free what only ``doomed`` (marked; ascending) of that volume needed.  On any thread but the preserver's."""
         self._finish(self._begin(volume, doomed))
 
+    def reclaim_later(self, volume: str, doomed: list[SnapshotRecord]) -> None:
+        """The same in the background.  On any thread."""
+        self._workers.submit(self._go_on, self._begin(volume, doomed))
+
     def resume(self) -> None:
         """Go on with what an earlier process began, beside everything else."""
         for name, state in list(self._volumes.items()):
@@ -183,7 +187,7 @@ class Deletions:
                     snapshot.priority,
                     snapshot.created.isoformat(timespec="seconds"),
                 )
-            self._workers.submit(self._go_on, self._begin(state.name, snapshots))
+            self.reclaim_later(state.name, snapshots)
         return bool(doomed)
 
     def _choose(self) -> Doomed:

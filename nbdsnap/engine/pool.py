@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -29,8 +30,9 @@ from nbdsnap.engine.live import LiveDevice
 from nbdsnap.engine.lock import PoolLock
 from nbdsnap.engine.names import check_name, parse_snapshot_name
 from nbdsnap.engine.preserver import Preserver
+from nbdsnap.engine.receiving import Arrival, Receive, Receives
 from nbdsnap.engine.reclaim import END_OF_EPOCHS
-from nbdsnap.engine.records import SnapshotRecord, VolumeRecord, VolumeState, now
+from nbdsnap.engine.records import JsonObject, SnapshotRecord, VolumeRecord, VolumeState, now
 from nbdsnap.engine.recovery import recover
 from nbdsnap.engine.rollback import Progress, Rollbacks, find_target
 from nbdsnap.engine.space import Space
@@ -142,9 +144,19 @@ class Pool:
             )
             if not refuses:
                 self._preserver.preservation.set_make_room(self._deletions.make_room)
+            self.receives = Receives(
+                self._lock,
+                self._index,
+                self._preserver,
+                self._rollbacks,
+                self._deletions,
+                self._workers,
+                self._open_snapshot,
+            )
             self._load()
             undo.pop_all()
         self._preserver.start()
+        self.receives.tidy(list(self._volumes.values()))
         self._deletions.resume()
         self._clones.resume()
 
@@ -189,7 +201,9 @@ class Pool:
         with self._index.read() as reader:
             records = [VolumeRecord.from_json(number, value) for number, value in reader.volumes()]
             for number, epoch, value in reader.snapshots():
-                snapshots.setdefault(number, []).append(SnapshotRecord.from_json(epoch, value))
+                one = SnapshotRecord.from_json(epoch, value)
+                one.id = one.id or self._derived_id(f"{number}/{epoch}")
+                snapshots.setdefault(number, []).append(one)
         for record in records:
             if record.deleting:
                 self._clones.put_aside(record)
@@ -203,6 +217,8 @@ class Pool:
         records = [record for record in records if not record.deleting]
         stamps.remove_stamps(self._index, self._live_volumes())
         volumes = {volume.record.number: volume for volume in self._live_volumes()}
+        for volume in volumes.values():
+            self.receives.adopt(volume)
         undone = {
             number: self._rollbacks.adopt(volume, snapshot, self._open_snapshot(volume, snapshot))
             for number, volume in volumes.items()
@@ -225,6 +241,10 @@ class Pool:
                     hint="that was begun; mend what is in its way (free space, or the disk) and restart",
                 )
                 self._put_aside(volumes[number], problem)
+
+    def _derived_id(self, place: str) -> str:
+        """Of something in this pool that was made before there were identifiers."""
+        return str(uuid.uuid5(uuid.UUID(self._meta["id"]), place))
 
     def _put_aside(self, volume: Volume, problem: NbdsnapError) -> None:
         """Known, but not served."""
@@ -305,7 +325,7 @@ class Pool:
             found: list[Export] = []
             for volume in self._live_volumes():
                 found.append(_export(volume, None))
-                found.extend(_export(volume, snapshot) for snapshot in volume.snapshots)
+                found.extend(_export(volume, snapshot) for snapshot in volume.visible)
             return found
 
     def find_export(self, name: str) -> Export | None:
@@ -323,7 +343,7 @@ class Pool:
                 volume, snapshot = self._find(name)
             except NbdsnapError:
                 return []
-            return [one.name for one in volume.snapshots if snapshot is None or one.epoch < snapshot.epoch]
+            return [one.name for one in volume.visible if snapshot is None or one.epoch < snapshot.epoch]
 
     def open_device(self, name: str, bases: Sequence[str] = ()) -> Device:
         """Open an export; it is in use until the device is closed, and so are ``bases``, the names of older snapshots
@@ -504,13 +524,15 @@ class Pool:
         Returns what was (or, with ``dry_run``, would be) deleted.
         """
         state = self._state(name)
+        if isinstance(state, Volume):
+            state.check_not_rolling_back()
         status = self.volume_show(name)
-        if state.snapshots and not snapshots:
+        if state.visible and not snapshots:
             raise InUseError(
-                f"volume {name} has {len(state.snapshots)} snapshots", hint="delete them too with --snapshots"
+                f"volume {name} has {len(state.visible)} snapshots", hint="delete them too with --snapshots"
             )
         _check_unused(state, name)
-        doomed = [f"{name}@{snapshot.name}" for snapshot in state.snapshots]
+        doomed = [f"{name}@{snapshot.name}" for snapshot in state.visible]
         self.snapshot_delete(doomed, dry_run=dry_run)
         if not dry_run:
             self._preserver.run(lambda: self._remove_volume(state))
@@ -569,7 +591,7 @@ class Pool:
             volumes.append(volume)
         created = now()
         taken = [
-            SnapshotRecord(volume.record.epoch, name, volume.size, created)
+            SnapshotRecord(volume.record.epoch, name, volume.size, created, id=str(uuid.uuid4()))
             for volume, (_, name) in zip(volumes, wanted, strict=True)
         ]
         bumped = [replace(volume.record, epoch=volume.record.epoch + 1) for volume in volumes]
@@ -646,6 +668,8 @@ class Pool:
         volume_name, _ = parse_snapshot_name(name)
         with self._lock:
             volume = self._volume(volume_name)
+            if volume.record.receiving is not None:
+                volume.check_not_rolling_back()
             snapshot = self._snapshot(name)[1]
             if not dry_run:
                 device = self._open_snapshot(volume, snapshot)
@@ -653,6 +677,40 @@ class Pool:
             self._catch_up()
             return self._rollbacks.plan(volume, snapshot)
         return self._rollbacks.roll_back(volume, snapshot, device, force=force, progress=progress)
+
+    # Sending and receiving (nbdsnap.transfer)
+
+    def find_snapshots(self, identifier: str) -> list[str]:
+        """``VOLUME@NAME`` of all snapshots with that identifier."""
+        with self._lock:
+            return [
+                f"{state.name}@{snapshot.name}"
+                for state in self._volumes.values()
+                for snapshot in state.visible
+                if snapshot.id == identifier
+            ]
+
+    def volume_id(self, name: str) -> str:
+        return self._derived_id(f"{self._state(name).record.number}")
+
+    def snapshot_info(self, name: str) -> SnapshotInfo:
+        """Without what it takes to count its space."""
+        return _snapshot_info(*self._snapshot(name))
+
+    def receive_begin(
+        self, volume: str, arrival: Arrival, *, name: str | None = None, force: bool = False, resumable: bool = False
+    ) -> Receive:
+        """Prepare the volume to receive a snapshot, as ``name`` where one is given: :mod:`nbdsnap.engine.receiving`."""
+        chosen = check_name(name if name is not None else arrival.name)
+        return self.receives.begin(self._volume(volume), arrival, name=chosen, force=force, resumable=resumable)
+
+    def receive_state(self, volume: str) -> JsonObject | None:
+        """What is being received, or was begun to be; None where nothing is."""
+        return self._volume(volume).record.receiving
+
+    def receive_abort(self, volume: str) -> None:
+        """Give up what was begun to be received: the volume is as it was before."""
+        self.receives.abort(self._volume(volume))
 
     def snapshot_hold(self, names: Sequence[str], *, held: bool = True) -> list[SnapshotInfo]:
         """Keep snapshots from being deleted or dropped, or (``held=False``) let them be again: all or none."""
@@ -740,9 +798,10 @@ class Pool:
             infos = [
                 _snapshot_info(state, snapshot, exclusive, shared)
                 for snapshot, exclusive, shared in zip(state.snapshots, shares.exclusive, shares.shared, strict=True)
+                if not snapshot.hidden
             ]
             clones = self._clones.names_by_base()
-            for info, snapshot in zip(infos, state.snapshots, strict=True):
+            for info, snapshot in zip(infos, state.visible, strict=True):
                 info.clones = clones.get((state.record.number, snapshot.epoch), [])
             volume = self._volume_info(state).model_dump(exclude={"snapshots"})
         return VolumeStatus(**volume, snapshots=infos, live_bytes=live), shares.histogram
@@ -756,7 +815,7 @@ class Pool:
             origin=record.origin,
             base=self._clones.base_name(record),
             created=record.created,
-            snapshots=len(state.snapshots),
+            snapshots=len(state.visible),
             connections=state.connections,
             error=state.error,
         )
@@ -839,4 +898,5 @@ def _snapshot_info(
         shared_bytes=shared_bytes,
         connections=snapshot.connections,
         problem=snapshot.suspect,
+        id=snapshot.id,
     )

@@ -23,6 +23,8 @@ class SnapshotRecord:
     ``deleting``: it is gone for everyone, and only its space is still being given back.
     ``suspect``: why its content may differ from what it was, for a person; None where it can't.
     ``connections``: in memory only: how many devices are open on it.
+    ``id``: says that it is the same snapshot, in whichever pool; one that an earlier version took gets one when it is
+    loaded.
     """
 
     epoch: int
@@ -34,6 +36,7 @@ class SnapshotRecord:
     deleting: bool = False
     suspect: str | None = None
     connections: int = 0
+    id: str = ""
 
     def to_json(self) -> JsonObject:
         return {
@@ -44,13 +47,19 @@ class SnapshotRecord:
             "held": self.held,
             "deleting": self.deleting,
             "suspect": self.suspect,
+            "id": self.id,
         }
 
     @classmethod
     def from_json(cls, epoch: int, value: JsonObject) -> SnapshotRecord:
         fields = {key: value[key] for key in ("name", "size", "priority", "held", "deleting")}
         created = datetime.fromisoformat(value["created"])
-        return cls(epoch=epoch, created=created, suspect=value.get("suspect"), **fields)
+        return cls(epoch=epoch, created=created, suspect=value.get("suspect"), id=value.get("id", ""), **fields)
+
+    @property
+    def hidden(self) -> bool:
+        """It is no user's, but the engine's own."""
+        return self.name.startswith(".")
 
 
 @dataclass
@@ -62,6 +71,8 @@ class VolumeRecord:
     (:mod:`nbdsnap.engine.rollback`); None where no rollback is under way.
     ``base``: number of a volume and epoch of its snapshot, of which this one is a clone; None for others.
     ``deleting``: it is gone for everyone, and only its space is still being given back.
+    ``receiving``: what is being received (:mod:`nbdsnap.engine.receiving`); None where nothing is.
+    ``replica``: it follows another pool's volume, and takes no writes from clients.
     """
 
     number: int
@@ -75,6 +86,8 @@ class VolumeRecord:
     rollback: int | None = None
     base: tuple[int, int] | None = None
     deleting: bool = False
+    receiving: JsonObject | None = None
+    replica: bool = False
 
     def to_json(self) -> JsonObject:
         return {
@@ -88,19 +101,22 @@ class VolumeRecord:
             "rollback": self.rollback,
             "base": self.base,
             "deleting": self.deleting,
+            "receiving": self.receiving,
+            "replica": self.replica,
         }
 
     @classmethod
     def from_json(cls, number: int, value: JsonObject) -> VolumeRecord:
         fields = {key: value[key] for key in ("name", "kind", "size", "origin", "epoch")}
         created = datetime.fromisoformat(value["created"])
-        later: JsonObject = {key: value.get(key) for key in ("stamp", "rollback")}
+        later: JsonObject = {key: value.get(key) for key in ("stamp", "rollback", "receiving")}
         base, deleting = value.get("base"), value.get("deleting", False)
         return cls(
             number=number,
             created=created,
             base=None if base is None else (base[0], base[1]),
             deleting=deleting,
+            replica=bool(value.get("replica")),
             **later,
             **fields,
         )
@@ -141,6 +157,11 @@ class VolumeState:
         """The newest."""
         self.snapshots = [*self.snapshots, snapshot]
         self._by_name[snapshot.name] = snapshot
+
+    @property
+    def visible(self) -> list[SnapshotRecord]:
+        """The snapshots that users know of."""
+        return [snapshot for snapshot in self.snapshots if not snapshot.hidden]
 
     def find(self, name: str) -> SnapshotRecord | None:
         return self._by_name.get(name)

@@ -48,7 +48,7 @@ from nbdsnap.engine.device import STATE_HOLE, STATE_ZERO, Device, Op, OpKind
 from nbdsnap.engine.pending import IntentSet, lay_over, uncovered
 from nbdsnap.engine.records import SnapshotRecord, VolumeRecord, VolumeState
 from nbdsnap.engine.sync import SyncGroup
-from nbdsnap.errors import DeviceError, InUseError
+from nbdsnap.errors import DeviceError, InUseError, NbdsnapError
 from nbdsnap.store.chunkbits import ChunkBits
 from nbdsnap.store.fileio import FileIO
 from nbdsnap.store.layout import CHUNK, CHUNK_SHIFT, chunk_count
@@ -118,7 +118,7 @@ class Volume(VolumeState):
         self.stranded = 0
         """Sequence of the newest intent in the volume's own file; 0 where there is no file."""
         self.view: Device | None = None
-        """What reads see while a rollback is under way."""
+        """What reads see while a rollback or a receive is under way."""
         self._parked: list[Op] | None = None
         """Operations that wait for the end of a rollback; None where none is under way."""
         self._refusal: BaseException | None = None
@@ -132,6 +132,8 @@ class Volume(VolumeState):
 
     @property
     def error(self) -> str | None:
+        if self.record.receiving is not None:
+            return None  # that is no error
         if self._refusal is not None:
             return f"a rollback is not finished: {self._refusal}"
         return self.failure or (f"writes are stalled: {self.stalled}" if self.stalled else None)
@@ -139,8 +141,9 @@ class Volume(VolumeState):
     # What callers on any thread do
 
     def read_now(self, buffer: memoryview, offset: int) -> bool:
-        if self.view is not None:
-            return self.view.read_now(buffer, offset)
+        view = self.view
+        if view is not None:
+            return view.read_now(buffer, offset)
         if self.intents.pending:
             return self._read_patched(buffer, offset, self.read_in_place_now)
         return self.read_in_place_now(buffer, offset)
@@ -159,8 +162,12 @@ class Volume(VolumeState):
     def read(self, buffer: memoryview, offset: int) -> None:
         view = self.view
         if view is not None:
-            view.read(buffer, offset)
-            return
+            try:
+                view.read(buffer, offset)
+                return
+            except NbdsnapError:
+                if self.view is view:
+                    raise  # else what it showed is gone, and the volume itself is to be read
         try:
             self._read_patched(buffer, offset, self._read_in_place)
         except OSError:
@@ -429,6 +436,11 @@ class Volume(VolumeState):
         return self._parked is not None
 
     def check_not_rolling_back(self) -> None:
+        if self.record.receiving is not None:
+            raise InUseError(
+                f"volume {self.name} is receiving a snapshot",
+                hint=f"try again when that is done; or undo it: nbdsnap receive {self.name} --abort",
+            )
         if self.is_rolling_back:
             raise InUseError(f"volume {self.name} is being rolled back", hint="try again when that is done")
 

@@ -58,6 +58,13 @@ class Source:
         self._ahead = self._ahead[count:]
         return count
 
+    def at_end(self) -> bool:
+        """Whether nothing comes any more."""
+        if not self._ahead:
+            piece = memoryview(bytearray(READ_SIZE))
+            self._ahead = piece[: self._read(piece)]
+        return not self._ahead
+
     def _read(self, buffer: memoryview) -> int:
         _wait(self._poll, self._tick)
         try:

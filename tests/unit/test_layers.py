@@ -26,7 +26,7 @@ MAY_USE: dict[str, set[str]] = {
     "engine": BASE | {"store"},
     "transfer": BASE | {"engine", "store", "delta"},
     "config": BASE | {"engine.names", "store.layout"},
-    "operations": BASE | {"engine", "transfer"},
+    "operations": BASE | {"engine", "delta", "transfer"},
     "replication": BASE | {"engine", "delta", "transfer", "operations"},
     "server": BASE | {"engine", "nbd", "delta", "replication", "config", "operations"},
     "client": BASE | {"engine", "config", "operations"},
