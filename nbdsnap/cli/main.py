@@ -117,7 +117,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         return _report_usage(error)
     except Exception as error:
-        return _report(error)
+        code = _report(error)
+        _flush_or_silence()
     return code
 
 
@@ -139,6 +140,14 @@ def _silence_stdout() -> None:
     """What is still buffered goes nowhere: else the interpreter, exiting, would complain of a closed pipe or wait for
     a full one."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _flush_or_silence() -> None:
+    """After an error, which may have been that of writing the output."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _silence_stdout()
 
 
 def _report_usage(error: click.ClickException) -> int:
