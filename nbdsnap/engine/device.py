@@ -17,7 +17,7 @@ Errors are raised (or handed to ``done``) as :class:`~nbdsnap.errors.NbdsnapErro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
 from typing import Protocol
 
@@ -94,6 +94,12 @@ class Device(Protocol):
 
     def write_now(self, offset: int, data: memoryview) -> bool:
         """Write into the page cache, in place, where no snapshot needs the old content; else False."""
+
+    def writes_now(self, writes: Sequence[tuple[int, memoryview]]) -> list[bool]:
+        """:meth:`write_now` for several writes ``(offset, data)``, in any order: for each, whether it was done.
+
+        Raises nothing: what fails was not done, and fails again the other way.
+        """
 
     def flush_now(self) -> bool:
         """True where nothing has been written since the last completed flush began."""

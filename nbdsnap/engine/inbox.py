@@ -14,8 +14,8 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 LINGER_S = 0.005
-LINGER_ITEMS = 1024
-"""How long, and up to how many, items that are not urgent may gather."""
+LINGER_WEIGHT = 1024
+"""How long, and up to what weight in all, items that are not urgent may gather."""
 
 
 class Inbox(Generic[T]):
@@ -23,15 +23,18 @@ class Inbox(Generic[T]):
 
     def __init__(self) -> None:
         self._items: deque[T] = deque()
+        self._weight = 0
+        """Of what came since the last :meth:`wait`, about: nothing depends on it but when that one ends."""
         self._work = threading.Event()
         self._urgent = threading.Event()
 
     def __len__(self) -> int:
         return len(self._items)
 
-    def put(self, item: T, *, urgent: bool) -> None:
+    def put(self, item: T, *, urgent: bool, weight: int = 1) -> None:
         self._items.append(item)  # before the flags: who clears one looks here afterwards
-        if (urgent or len(self._items) >= LINGER_ITEMS) and not self._urgent.is_set():
+        self._weight += weight
+        if (urgent or self._weight >= LINGER_WEIGHT) and not self._urgent.is_set():
             self._urgent.set()
         if not self._work.is_set():
             self._work.set()
@@ -45,6 +48,7 @@ class Inbox(Generic[T]):
         if not self._urgent.is_set():
             self._urgent.wait(LINGER_S)
         self._urgent.clear()
+        self._weight = 0
         return True
 
     def take(self) -> T | None:

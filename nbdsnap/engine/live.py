@@ -25,6 +25,7 @@ class LiveDevice:
         self.read_now = volume.read_now
         self.read = volume.read
         self.write_now = volume.write_now
+        self.writes_now = volume.writes_now
         self.flush_now = volume.flush_now
         self.submit = volume.submit
         self.extents = volume.extents

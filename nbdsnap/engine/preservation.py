@@ -13,12 +13,12 @@ Old content that its disk can't read any more is preserved as just that (:mod:`n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import xxhash
 
 from nbdsnap.engine.device import Op
-from nbdsnap.engine.pending import IntentOp, chunks_touched
+from nbdsnap.engine.pending import IntentGroup
 from nbdsnap.engine.redirect import Redirection
 from nbdsnap.engine.redirected import RedirectedVolume
 from nbdsnap.engine.space import Space, is_full
@@ -27,10 +27,15 @@ from nbdsnap.engine.volume import Volume
 from nbdsnap.errors import DeviceError, NbdsnapError
 from nbdsnap.store.chunkstore import ChunkStore, Run
 from nbdsnap.store.fileio import Buffer
-from nbdsnap.store.index import Index, IndexWriter, Record, checksum_seed
-from nbdsnap.store.layout import BLOCK_SHIFT, CHUNK, CHUNK_SHIFT, LOST_SLOT, ZERO_SLOT
+from nbdsnap.store.index import Index, IndexWriter, NewRecords, checksum_seed
+from nbdsnap.store.intentlog import Intent
+from nbdsnap.store.layout import BLOCK_SHIFT, CHUNK, CHUNK_SHIFT, LOST_SLOT, ZERO_SLOT, chunk_count
 
-Item = tuple[Volume, Op]
+Item = tuple[Volume, Op | IntentGroup]
+"""What waits for the preserver: an operation, or intents that were logged together."""
+
+Interval = tuple[int, int]
+"""Of epochs, that a record serves: ``(previous, epoch)``."""
 
 _ZERO_CHUNK = bytes(CHUNK)
 
@@ -40,14 +45,14 @@ class Obstacles:
 
     def __init__(self) -> None:
         self._chunks: dict[Volume, tuple[Exception, set[int]]] = {}
-        self._ops: dict[Op, Exception] = {}
+        self._ops: dict[Op | Intent, Exception] = {}
 
     def add(self, volume: Volume, error: Exception, chunks: set[int]) -> None:
         if volume in self._chunks:
             chunks |= self._chunks[volume][1]
         self._chunks[volume] = error, chunks
 
-    def add_op(self, op: Op, error: Exception) -> None:
+    def add_op(self, op: Op | Intent, error: Exception) -> None:
         """What it changes can't even be found out."""
         self._ops[op] = error
 
@@ -66,6 +71,18 @@ class Obstacles:
         for first, end in volume.changed_chunks(op):
             if any(first <= chunk < end for chunk in chunks):
                 raise error
+
+    def first(self, volume: Volume, intents: Sequence[Intent]) -> tuple[int, Exception | None]:
+        """How many of ``intents``, from the first on, have nothing in their way; and what is in the next one's."""
+        for position, intent in enumerate(intents if self._ops else ()):
+            if intent in self._ops:
+                return position, self._ops[intent]
+        if volume in self._chunks:
+            error, chunks = self._chunks[volume]
+            for position, intent in enumerate(intents):
+                if not chunks.isdisjoint(_chunks_of(intent)):
+                    return position, error
+        return len(intents), None
 
     @property
     def any_full(self) -> bool:
@@ -93,31 +110,31 @@ class Preservation:
         Those of thin volumes and clones are done with that (:mod:`nbdsnap.engine.redirect`).
         """
         obstacles = Obstacles()
-        if sum(chunks_touched(op) for _, op in batch) <= self._space.room:
+        if sum(_chunks_touched(item) for _, item in batch) <= self._space.room:
             self._preserve_for(batch, obstacles)
             return obstacles
-        self._preserve_for([(volume, op) for volume, op in batch if isinstance(op, IntentOp)], obstacles)
-        waiting = [(volume, op) for volume, op in batch if not isinstance(op, IntentOp)]
+        self._preserve_for([(volume, item) for volume, item in batch if isinstance(item, IntentGroup)], obstacles)
+        waiting: list[Item] = [(volume, item) for volume, item in batch if not isinstance(item, IntentGroup)]
         refused = Obstacles()
         self._preserve_for(waiting, refused)
         if refused.any_full:
-            for item in waiting:  # each gets what is left
-                self._preserve_for([item], obstacles)
+            for one in waiting:  # each gets what is left
+                self._preserve_for([one], obstacles)
         else:
             obstacles.include(refused)
         return obstacles
 
     def _preserve_for(self, items: list[Item], obstacles: Obstacles) -> None:
-        redirected: dict[RedirectedVolume, list[Op]] = {}
-        for volume, op in items:
+        redirected: dict[RedirectedVolume, list[Op | Intent]] = {}
+        for volume, item in items:
             if isinstance(volume, RedirectedVolume):
-                redirected.setdefault(volume, []).append(op)
+                redirected.setdefault(volume, []).extend(item.intents if isinstance(item, IntentGroup) else (item,))
         for volume, ops in redirected.items():
             undone, error = self._redirection.execute(volume, ops)
             for op in undone:
                 obstacles.add_op(op, error)
         if redirected:
-            items = [(volume, op) for volume, op in items if not isinstance(volume, RedirectedVolume)]
+            items = [(volume, item) for volume, item in items if not isinstance(volume, RedirectedVolume)]
         for volume, chunks in self._plan(items, obstacles).items():
             try:
                 for start in range(0, len(chunks), len(self._old) >> CHUNK_SHIFT):
@@ -128,14 +145,22 @@ class Preservation:
     def _plan(self, items: list[Item], obstacles: Obstacles) -> dict[Volume, list[int]]:
         """The chunks that each volume's operations change and the bitmap does not know to be exclusive, ascending."""
         wanted: dict[Volume, set[int]] = {}
-        for volume, op in items:
+        for volume, item in items:
             chunks = wanted.setdefault(volume, set())
+            if isinstance(item, IntentGroup):
+                for intent in item.intents:
+                    if len(intent.data) == CHUNK and not intent.offset & (CHUNK - 1):
+                        chunks.add(intent.offset >> CHUNK_SHIFT)
+                    else:
+                        chunks.update(_chunks_of(intent))
+                continue
             try:
-                for first, end in volume.changed_chunks(op):
-                    chunks.update(volume.missing(first, end))
+                for first, end in volume.changed_chunks(item):
+                    chunks.update(volume.missing(range(first, end)))
             except Exception as error:
-                obstacles.add_op(op, error)
-        return {volume: sorted(chunks) for volume, chunks in wanted.items() if chunks}
+                obstacles.add_op(item, error)
+        plan = {volume: volume.missing(sorted(chunks)) for volume, chunks in wanted.items()}
+        return {volume: chunks for volume, chunks in plan.items() if chunks}
 
     def _still_needed(self, volume: Volume, chunks: list[int]) -> set[int]:
         try:
@@ -165,15 +190,11 @@ class Preservation:
         needed: list[tuple[int, int]] = []
         known: set[tuple[int, int]] = set()
         with self._index.read() as reader:
-            cursor = reader.cursor(volume.record.number)
-            for chunk in chunks:
-                latest = cursor.latest(chunk)
-                if latest is None:
-                    needed.append((chunk, 0))
-                elif latest.epoch < newest:
-                    needed.append((chunk, latest.epoch))
+            for chunk, latest in zip(chunks, reader.cursor(volume.record.number).latest_epochs(chunks), strict=True):
+                if latest < newest:
+                    needed.append((chunk, latest))
                 else:
-                    known.add((latest.epoch, chunk >> BLOCK_SHIFT))
+                    known.add((latest, chunk >> BLOCK_SHIFT))
             for epoch, block in known:
                 volume.mark_block_exclusive(block, reader.changed_block(volume.record.number, epoch, block))
         return needed
@@ -188,11 +209,12 @@ class Preservation:
         runs = self._store.reserve(len(stored))
         failed_syncs = self._store.failed_syncs
         try:
-            _assign(records, runs)
+            _assign(records, stored, runs)
             self._store.write(runs, _gather(self._old, stored))
             if runs:
                 self._store.sync(failed_syncs)
-            self._index.update(lambda txn: self._commit(txn, volume, needed, records, losses))
+            usage = _usage(needed, stored, records.epoch)
+            self._index.update(lambda txn: self._commit(txn, volume, records, stored, usage, losses))
         except DeviceError:
             raise  # whether the commit is on disk is not known: its slots stay out of use until the next start
         except BaseException:
@@ -207,17 +229,13 @@ class Preservation:
         self,
         txn: IndexWriter,
         volume: Volume,
-        needed: list[tuple[int, int]],
-        records: list[Record],
+        records: NewRecords,
+        stored: list[int],
+        usage: dict[Interval, int],
         losses: list[tuple[int, int]],
     ) -> None:
-        usage: dict[tuple[int, int], int] = {}
-        for (_, previous), record in zip(needed, records, strict=True):
-            if record.has_slot:
-                interval = previous, record.epoch
-                usage[interval] = usage.get(interval, 0) + 1
         txn.preserve(volume.record.number, records)
-        txn.change_slots(used=[record.slot for record in records if record.has_slot])
+        txn.change_slots(used=[records.slots[position] for position in stored])
         txn.add_usage(volume.record.number, usage)
         put_marks(txn, volume, losses)
 
@@ -227,51 +245,74 @@ class Preservation:
         Returns the positions of those that can't be read.
         """
         lost: set[int] = set()
-        start = 0
-        while start < len(chunks):
+        old, read_into = self._old, volume.origin.read_into
+        start, count = 0, len(chunks)
+        while start < count:
+            first = chunks[start]
             end = start + 1
-            while end < len(chunks) and chunks[end] - chunks[start] == end - start:
+            while end < count and chunks[end] - first == end - start:
                 end += 1
-            part = self._old[start << CHUNK_SHIFT : end << CHUNK_SHIFT]
+            part = old[start << CHUNK_SHIFT : end << CHUNK_SHIFT]
             try:
-                volume.origin.read_into(part, chunks[start] << CHUNK_SHIFT)
+                read_into(part, first << CHUNK_SHIFT)
             except OSError as error:
                 if not is_unreadable(error):
                     raise
-                lost.update(start + position for position in read_again(volume, part, chunks[start]))
+                lost.update(start + position for position in read_again(volume, part, first))
             start = end
         return lost
 
-    def _make_records(self, volume: Volume, chunks: list[int], lost: set[int]) -> tuple[list[Record], list[int]]:
+    def _make_records(self, volume: Volume, chunks: list[int], lost: set[int]) -> tuple[NewRecords, list[int]]:
         """Records for the chunks in ``_old``, slots yet to be assigned; and the positions of those that need one."""
         number = volume.record.number
         epoch = volume.record.epoch - 1
         digest = xxhash.xxh3_64_intdigest
-        records: list[Record] = []
+        old = self._old
+        checksums: list[int] = []
         stored: list[int] = []
+        start = 0
         for position, chunk in enumerate(chunks):
-            if position in lost:
-                records.append(Record(chunk, epoch, LOST_SLOT, 0))
-                continue
-            data = self._old[position << CHUNK_SHIFT : (position + 1) << CHUNK_SHIFT]
-            record = Record(chunk, epoch, ZERO_SLOT, digest(data, checksum_seed(number, chunk, epoch)))
-            records.append(record)
-            if data[0] or bytes(data) != _ZERO_CHUNK:
-                record.slot = 0
+            data = old[start : start + CHUNK]
+            checksums.append(digest(data, checksum_seed(number, chunk, epoch)))
+            if old[start] or bytes(data) != _ZERO_CHUNK:
                 stored.append(position)
-        return records, stored
+            start += CHUNK
+        slots = [ZERO_SLOT] * len(chunks)
+        for position in lost:
+            slots[position], checksums[position] = LOST_SLOT, 0
+        if lost:
+            stored = [position for position in stored if position not in lost]
+        return NewRecords(epoch, chunks, slots, checksums), stored
+
+
+def _chunks_of(intent: Intent) -> range:
+    return range(intent.offset >> CHUNK_SHIFT, chunk_count(intent.offset + len(intent.data)))
+
+
+def _chunks_touched(item: Op | IntentGroup) -> int:
+    if isinstance(item, IntentGroup):
+        return item.chunks
+    return chunk_count(item.offset + item.length) - (item.offset >> CHUNK_SHIFT)
+
+
+def _usage(needed: list[tuple[int, int]], stored: list[int], epoch: int) -> dict[Interval, int]:
+    """How many slots each interval of epochs gets."""
+    usage: dict[Interval, int] = {}
+    for position in stored:
+        interval = needed[position][1], epoch
+        usage[interval] = usage.get(interval, 0) + 1
+    return usage
 
 
 def _no_room(_: int) -> bool:
     return False
 
 
-def _assign(records: list[Record], runs: list[Run]) -> None:
-    """Give the slots of ``runs``, in order, to the records that need one."""
+def _assign(records: NewRecords, stored: list[int], runs: list[Run]) -> None:
+    """Give the slots of ``runs``, in order, to the records at the positions ``stored``."""
     slots = (slot for first, count in runs for slot in range(first, first + count))
-    for record in records:
-        if record.has_slot:
-            record.slot = next(slots)
+    for position, slot in zip(stored, slots, strict=True):
+        records.slots[position] = slot
 
 
 def _gather(old: memoryview, positions: list[int]) -> list[Buffer]:

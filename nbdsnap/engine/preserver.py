@@ -58,15 +58,15 @@ from typing import TypeVar
 
 from nbdsnap.engine.device import Op
 from nbdsnap.engine.inbox import Inbox
-from nbdsnap.engine.pending import IntentOp, chunks_touched
-from nbdsnap.engine.preservation import Item, Preservation
+from nbdsnap.engine.pending import IntentGroup
+from nbdsnap.engine.preservation import Item, Obstacles, Preservation
 from nbdsnap.engine.space import Space, is_full
 from nbdsnap.engine.volume import Volume
 from nbdsnap.errors import ConflictError, DeviceError, NbdsnapError
 from nbdsnap.store.chunkstore import ChunkStore
 from nbdsnap.store.index import Index
 from nbdsnap.store.intentlog import Intent, IntentLog
-from nbdsnap.store.layout import CHUNK_SHIFT, chunk_count
+from nbdsnap.store.layout import CHUNK, CHUNK_SHIFT, chunk_count
 from nbdsnap.store.stranded import StrandedIntents
 
 log = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ class Preserver:
         self._append_lock = threading.Lock()
         self._deferred: deque[Command] = deque()
         """Commands that :meth:`drain` found in the inbox: their turn comes after the present one."""
-        self._stalled: list[tuple[Volume, IntentOp]] = []
+        self._stalled: list[tuple[Volume, IntentGroup]] = []
         self._retried = 0.0
         self._newest: Intent | None = None
         """The newest intent that was applied, or stalled."""
@@ -131,19 +131,23 @@ class Preserver:
     def submit(self, volume: Volume, op: Op) -> None:
         self._inbox.put((volume, op), urgent=True)
 
-    def append(self, volume: Volume, offset: int, data: memoryview) -> Intent | None:
-        """Acknowledge a write from the log; None where that can't be done now.  Under the volume's lock."""
+    def append(self, volume: Volume, writes: Sequence[tuple[int, memoryview]]) -> list[Intent]:
+        """Acknowledge writes ``(offset, data)`` from the log: as many, from the first on, as can be now.
+
+        Under the volume's lock.
+        """
         if self.log.failure is not None:
-            return None  # not to wait here for a new log
-        chunks = chunk_count(offset + len(data)) - (offset >> CHUNK_SHIFT)
+            return []  # not to wait here for a new log
         with self._append_lock:  # the queue has intents in the log's order
-            if self._promised - self._kept + chunks > self._space.room:
-                return None
-            intent = self.log.append(volume.record.number, offset, data)
-            if intent is not None:
-                self._promised += chunks
-                self._inbox.put((volume, IntentOp(intent)), urgent=False)
-        return intent
+            room = self._space.room - self._promised + self._kept
+            while _chunks_of(writes) > room:
+                writes = writes[:-1]
+            intents = self.log.append(volume.record.number, writes)
+            if intents:
+                group = IntentGroup(intents)
+                self._promised += group.chunks
+                self._inbox.put((volume, group), urgent=False, weight=len(intents))
+        return intents
 
     def run(self, command: Callable[[], T], timeout: float | None = None) -> T:
         """Run ``command`` on the preserver's thread, between batches; its result, or its exception, is the caller's.
@@ -203,12 +207,18 @@ class Preserver:
         batch: list[Item] = []
         if not self._inbox.wait(self._patience()):
             return batch, None
-        size = 0
+        count = size = 0
         item = self._inbox.take()
         while isinstance(item, tuple):
             batch.append(item)
-            size += item[1].length
-            if len(batch) == BATCH_OPS or size >= BATCH_BYTES:
+            what = item[1]
+            if isinstance(what, IntentGroup):
+                count += len(what.intents)
+                size += what.chunks * CHUNK
+            else:
+                count += 1
+                size += what.length
+            if count >= BATCH_OPS or size >= BATCH_BYTES:
                 self._inbox.hurry()
                 return batch, None
             item = self._inbox.take()
@@ -344,55 +354,57 @@ class Preserver:
         """
         obstacles = self.preservation.make_way(batch)
         stuck = {} if again else {volume: volume.stalled for volume, _ in batch if volume.stalled is not None}
-        over_intents: list[Item] = []
-        arrived: dict[Volume, list[Op]] = {}
-        for volume, op in batch:
+        over_intents: list[tuple[Volume, Op]] = []
+        for volume, item in batch:
+            if isinstance(item, IntentGroup):
+                self._apply_intents(volume, item, obstacles, stuck)
+                if not again:
+                    self._kept += item.chunks
+                continue
             try:
-                obstacles.check(volume, op)
+                obstacles.check(volume, item)
                 if volume in stuck:
                     raise stuck[volume]
-                if isinstance(op, IntentOp):
-                    self._note(volume, op)
-                    volume.apply_intent(op)
-                    arrived.setdefault(volume, []).append(op)
-                    continue
-                volume.apply(op)
+                volume.apply(item)
             except Exception as error:
-                self._failed(volume, op, error, stuck)
+                self._failed(volume, item, error)
                 continue
-            if volume.intents and volume.is_over_intents(op):
-                over_intents.append((volume, op))
+            if volume.intents and volume.is_over_intents(item):
+                over_intents.append((volume, item))
             else:
-                volume.finish(op, None)
-        for volume, ops in arrived.items():
-            volume.arrived(ops)
+                volume.finish(item, None)
         self._space.refresh()
-        if not again:
-            self._kept += sum(chunks_touched(op) for _, op in batch if isinstance(op, IntentOp))
         if over_intents:
             self._finish_after_checkpoint(over_intents)
 
-    def _note(self, volume: Volume, op: IntentOp) -> None:
-        """For the next checkpoint."""
+    def _apply_intents(
+        self, volume: Volume, group: IntentGroup, obstacles: Obstacles, stuck: dict[Volume, BaseException]
+    ) -> None:
+        """What can't be applied stalls the volume, and waits with all that is behind it."""
         self._touched.add(volume)
-        if self._newest is None or op.intent.sequence > self._newest.sequence:
-            self._newest = op.intent
-
-    def _failed(self, volume: Volume, op: Op, error: Exception, stuck: dict[Volume, BaseException]) -> None:
-        if isinstance(op, IntentOp):
-            self._note(volume, op)
-            stuck.setdefault(volume, error)  # later ones must not overtake it
-            volume.stall(error)
+        intents = group.intents
+        if self._newest is None or intents[-1].sequence > self._newest.sequence:
+            self._newest = intents[-1]
+        reason: BaseException | None = stuck.get(volume)
+        applied = 0
+        if reason is None:
+            free, obstacle = obstacles.first(volume, intents)
+            applied, failure = volume.apply_intents(intents[:free] if obstacle else intents)
+            reason = failure or obstacle
+        if reason is not None:
+            stuck.setdefault(volume, reason)  # later ones must not overtake them
+            volume.stall(reason)
             if volume.failure is None:  # else they wait for the next start
-                self._stalled.append((volume, op))
-            return
+                self._stalled.append((volume, IntentGroup(intents[applied:])))
+
+    def _failed(self, volume: Volume, op: Op, error: Exception) -> None:
         if is_full(error):
             self._space.refuse(error)
         else:
             log.warning("volume %s: %s at %d, %d bytes: %s", volume.name, op.kind.name, op.offset, op.length, error)
         volume.finish(op, error)
 
-    def _finish_after_checkpoint(self, items: list[Item]) -> None:
+    def _finish_after_checkpoint(self, items: list[tuple[Volume, Op]]) -> None:
         failure: BaseException | None = None
         try:
             self.checkpoint()
@@ -400,6 +412,11 @@ class Preserver:
             failure = error
         for volume, op in items:  # a live intent that was logged since then is newer than the operation: no harm
             volume.finish(op, failure or volume.obstacle())
+
+
+def _chunks_of(writes: Sequence[tuple[int, memoryview]]) -> int:
+    """How many chunks they touch, each counted for itself."""
+    return sum(chunk_count(offset + len(data)) - (offset >> CHUNK_SHIFT) for offset, data in writes)
 
 
 def _still_live() -> NbdsnapError:

@@ -30,7 +30,8 @@ from nbdsnap.errors import CorruptionError, DeviceError, NbdsnapError
 from nbdsnap.store.chunkstore import ChunkStore, coalesce
 from nbdsnap.store.current import GROUP, Change
 from nbdsnap.store.fileio import Buffer
-from nbdsnap.store.index import Index, IndexWriter, Record, checksum_seed
+from nbdsnap.store.index import Index, IndexWriter, NewRecords, Record, checksum_seed
+from nbdsnap.store.intentlog import Intent
 from nbdsnap.store.layout import BASE_SLOT, CHUNK, CHUNK_SHIFT, LOST_SLOT, MAX_SLOTS, ZERO_SLOT, chunk_count
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class Redirection:
         self._old = memoryview(bytearray(slice_chunks * CHUNK))
         self.make_room: Callable[[int], bool] = lambda _: False
 
-    def execute(self, volume: RedirectedVolume, ops: Sequence[Op]) -> tuple[Sequence[Op], Exception]:
+    def execute(self, volume: RedirectedVolume, ops: Sequence[Op | Intent]) -> tuple[Sequence[Op | Intent], Exception]:
         """Do all of ``ops``, in order.  Returns those that were not, or not wholly, done, and why."""
         position = 0
         while position < len(ops):
@@ -87,16 +88,19 @@ class Redirection:
             position = end
         return (), NbdsnapError("nothing is in the way")
 
-    def _execute(self, volume: RedirectedVolume, ops: Sequence[Op]) -> None:
+    def _execute(self, volume: RedirectedVolume, ops: Sequence[Op | Intent]) -> None:
         if volume.failure is not None:
             raise DeviceError(volume.failure)
-        if len(ops) == 1 and _is_long(ops[0]):
+        if isinstance(ops[0], Op) and _is_long(ops[0]):
             self._zero_long(volume, ops[0])
             return
         pieces: dict[int, list[Piece]] = {}
         for op in ops:
-            if op.kind == OpKind.WRITE:
-                _add_write(pieces, op)
+            if isinstance(op, Intent):
+                _add_write(pieces, op.offset, op.data)
+            elif op.kind == OpKind.WRITE:
+                assert op.data is not None
+                _add_write(pieces, op.offset, memoryview(op.data))
             elif op.no_hole:
                 _add_zeroes(pieces, op, range(op.offset >> CHUNK_SHIFT, chunk_count(op.offset + op.length)), _ZEROES)
             else:
@@ -322,7 +326,7 @@ def _commit(
     plan: Plan,
 ) -> None:
     if records:
-        txn.preserve(number, records)
+        txn.preserve(number, NewRecords.of(records[0].epoch, records))
     txn.change_slots(used=fresh, freed=plan.freed)
     txn.add_usage(number, usage)
     txn.current(number).change(changes)
@@ -333,19 +337,17 @@ def _content_of(slot: int) -> bytes:
     return _ZERO_CHUNK if slot == ZERO_SLOT else b""
 
 
-def _is_long(op: Op) -> bool:
-    return op.kind != OpKind.WRITE and op.length > LONG
+def _is_long(op: Op | Intent) -> bool:
+    return isinstance(op, Op) and op.kind != OpKind.WRITE and op.length > LONG
 
 
-def _add_write(pieces: dict[int, list[Piece]], op: Op) -> None:
-    assert op.data is not None
-    data = memoryview(op.data)
-    end = op.offset + op.length
-    position = op.offset
+def _add_write(pieces: dict[int, list[Piece]], offset: int, data: memoryview) -> None:
+    end = offset + len(data)
+    position = offset
     while position < end:
         chunk, low = position >> CHUNK_SHIFT, position & (CHUNK - 1)
         high = min(CHUNK, low + end - position)
-        part = data[position - op.offset : position - op.offset + high - low]
+        part = data[position - offset : position - offset + high - low]
         if high - low == CHUNK:
             pieces[chunk] = [(0, CHUNK, part)]  # nothing before it matters
         else:

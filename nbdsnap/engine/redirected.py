@@ -8,7 +8,7 @@ whatever is too long to be done at once, is the preserver's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from nbdsnap.engine.slotmap import FIRST
 from nbdsnap.engine.volume import NOW_LIMIT, Volume
 from nbdsnap.errors import DeviceError
 from nbdsnap.store.fileio import FileIO
+from nbdsnap.store.intentlog import Intent
 from nbdsnap.store.layout import CHUNK, CHUNK_SHIFT, chunk_count
 
 if TYPE_CHECKING:
@@ -44,26 +45,35 @@ class RedirectedVolume(Volume):
     def read_in_place_now(self, buffer: memoryview, offset: int) -> bool:
         return self.chunks.read_now(buffer, offset)
 
-    def write_now(self, offset: int, data: memoryview) -> bool:
-        if len(data) > NOW_LIMIT:
-            return False
+    def writes_now(self, writes: Sequence[tuple[int, memoryview]]) -> list[bool]:
         with self.lock:
-            return self._gate_open and self._put_now(offset, data)
+            return self._put_now(writes) if self._gate_open else [False] * len(writes)
 
-    def _put_now(self, offset: int, data: memoryview) -> bool:
+    def _put_now(self, writes: Sequence[tuple[int, memoryview]]) -> list[bool]:
         """Under ``lock``: write in place, or into the log."""
-        end = offset + len(data)
-        runs = self._writable(offset >> CHUNK_SHIFT, chunk_count(end))
-        if runs is None:
-            return self._write_intent(offset, data)
-        if (offset | end) & (CHUNK - 1) and not self._edges_cached(offset, end):
-            return False
-        for first, stop, place in runs:
-            low, high = max(first << CHUNK_SHIFT, offset), min(stop << CHUNK_SHIFT, end)
-            slot = place - FIRST + (low >> CHUNK_SHIFT) - first
-            self._write_run(slot, low & (CHUNK - 1), data[low - offset : high - offset])
-        self._written += 1
-        return True
+        done = [False] * len(writes)
+        later: list[int] = []
+        for position, (offset, data) in enumerate(writes):
+            end = offset + len(data)
+            if len(data) > NOW_LIMIT or ((offset | end) & (CHUNK - 1) and not self._edges_cached(offset, end)):
+                continue
+            first, stop = offset >> CHUNK_SHIFT, chunk_count(end)
+            runs = self._writable(first, stop)
+            if runs is None:
+                if self._exclusive is not None:
+                    self._exclusive.remove(range(first, stop))
+                later.append(position)
+                continue
+            try:
+                self._write_runs(runs, offset, data)
+            except OSError:
+                continue  # the other way will have the same error, and somebody to tell
+            self._written += 1
+            done[position] = True
+        if later:
+            for position in later[: self._write_intents([writes[position] for position in later])]:
+                done[position] = True
+        return done
 
     def _writable(self, first: int, end: int) -> list[Run] | None:
         """Where the chunks [first, end) lie, if all are certain to be exclusive."""
@@ -74,10 +84,15 @@ class RedirectedVolume(Volume):
         runs = self.chunks.slots.runs(first, end)
         return None if runs is None or any(place < FIRST for _, _, place in runs) else runs
 
-    def _write_run(self, slot: int, inside: int, data: memoryview) -> None:
-        written = self._pwrite(self._fd, data, (slot << CHUNK_SHIFT) + inside)
-        if written != len(data):
-            self.chunks.store.write_inside(slot, inside + written, data[written:])
+    def _write_runs(self, runs: list[Run], offset: int, data: memoryview) -> None:
+        end = offset + len(data)
+        for first, stop, place in runs:
+            low, high = max(first << CHUNK_SHIFT, offset), min(stop << CHUNK_SHIFT, end)
+            slot, inside = place - FIRST + (low >> CHUNK_SHIFT) - first, low & (CHUNK - 1)
+            part = data[low - offset : high - offset]
+            written = self._pwrite(self._fd, part, (slot << CHUNK_SHIFT) + inside)
+            if written != len(part):
+                self.chunks.store.write_inside(slot, inside + written, part[written:])
 
     def _edges_cached(self, offset: int, end: int) -> bool:
         """As far as it is known where they lie: else the preserver finds out."""
@@ -95,7 +110,7 @@ class RedirectedVolume(Volume):
             done = False
             if self._gate_open and op.kind == OpKind.WRITE and op.length <= NOW_LIMIT:
                 assert op.data is not None
-                done = self._put_now(op.offset, memoryview(op.data))
+                (done,) = self._put_now(((op.offset, memoryview(op.data)),))
             if not done and refusal is None:
                 if self._parked is None:
                     self._preserver.submit(self, op)
@@ -112,8 +127,9 @@ class RedirectedVolume(Volume):
         with self.lock:
             patches = self.intents.patches(offset, offset + length)
         own = self.chunks.own_extents(offset, length)
-        own += [(max(start, offset), min(start + len(data), offset + length)) for _, start, data in patches]
-        return layers(sorted(own), self.chunks.base.data_extents(offset, length), offset, offset + length)
+        end = offset + length
+        own += [(max(one.offset, offset), min(one.offset + len(one.data), end)) for one in patches]
+        return layers(sorted(own), self.chunks.base.data_extents(offset, length), offset, end)
 
     def exclusive_slot(self, chunk: int) -> int | None:
         """On the preserver's thread: the slot that the chunk may be written to in place, if that is known.  A live
@@ -131,10 +147,12 @@ class RedirectedVolume(Volume):
                 self.chunks.slots.put(chunk, known.get(chunk))
         self.mark_exclusive(exclusive)
 
-    def apply_intent(self, op: Op) -> None:
-        """It is in place already, where nothing was in its way (:class:`nbdsnap.engine.redirect.Redirection`)."""
+    def apply_intents(self, intents: list[Intent]) -> tuple[int, Exception | None]:
+        """They are in place already, where nothing was in their way (:class:`nbdsnap.engine.redirect.Redirection`)."""
         if self.failure is not None:
-            raise DeviceError(self.failure)
+            return 0, DeviceError(self.failure)
+        self._arrived(intents)
+        return len(intents), None
 
     def apply(self, op: Op) -> None:
         """Likewise."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from heapq import merge
 
 from nbdsnap.engine.base import Base
@@ -50,6 +50,9 @@ class RedirectedSnapshotDevice:
 
     def write_now(self, offset: int, data: memoryview) -> bool:
         raise ConflictError(f"{self.name} is a snapshot: it never changes")
+
+    def writes_now(self, writes: Sequence[tuple[int, memoryview]]) -> list[bool]:
+        return [False] * len(writes)
 
     def flush_now(self) -> bool:
         return True

@@ -39,7 +39,7 @@ from nbdsnap.engine.repairlog import LogPlan, plan_log
 from nbdsnap.errors import NoSpaceError
 from nbdsnap.models import RepairStep
 from nbdsnap.store import pagesums
-from nbdsnap.store.index import Index, IndexWriter, JsonObject, Record
+from nbdsnap.store.index import Index, IndexWriter, JsonObject, NewRecords, Record
 from nbdsnap.store.layout import BLOCK_SHIFT, CHUNK, FORMAT_VERSION, LOST_SLOT, NEW_INDEX_FILE, SUMS_FILE
 from nbdsnap.store.salvage import Salvage, chunks_of_block
 
@@ -271,8 +271,13 @@ def _write_batch(index: Index, number: int, batch: list[tuple[Record, int]]) -> 
         if record.has_slot:
             usage[before, record.epoch] = usage.get((before, record.epoch), 0) + 1
 
+    by_epoch: dict[int, list[Record]] = {}
+    for record, _ in batch:
+        by_epoch.setdefault(record.epoch, []).append(record)
+
     def change(txn: IndexWriter) -> None:
-        txn.preserve(number, [record for record, _ in batch])
+        for epoch, records in by_epoch.items():
+            txn.preserve(number, NewRecords.of(epoch, records))
         txn.change_slots(used=[record.slot for record, _ in batch if record.has_slot])
         txn.add_usage(number, usage)
 

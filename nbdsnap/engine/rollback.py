@@ -71,6 +71,7 @@ class View:
         self.size = device.size
         self.read_only = True
         self.write_now = device.write_now
+        self.writes_now = device.writes_now
         self.flush_now = device.flush_now
         self.submit = device.submit
         self.changes = device.changes

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import xxhash
@@ -85,6 +85,9 @@ class SnapshotDevice:
 
     def write_now(self, offset: int, data: memoryview) -> bool:
         raise ConflictError(f"{self.name} is a snapshot: it never changes")
+
+    def writes_now(self, writes: Sequence[tuple[int, memoryview]]) -> list[bool]:
+        return [False] * len(writes)
 
     def flush_now(self) -> bool:
         return True

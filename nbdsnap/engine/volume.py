@@ -6,7 +6,7 @@ A chunk is *exclusive* when no live snapshot needs its present content any more:
 write to exclusive chunks goes in place at once, on the caller's thread (:meth:`Volume.write_now`) or, if it might
 wait, on a worker.  Any other goes to the :class:`~nbdsnap.engine.preserver.Preserver`, which copies the old content out
 first: by way of the intent log where the write is short and there is room, and then it is acknowledged at once; else it
-waits.
+waits.  What a client sent together is logged together, with one call of the log (``writes_now``).
 
 Which is which is asked of a bitmap that only remembers (:mod:`nbdsnap.store.chunkbits`); the index knows.
 
@@ -39,7 +39,7 @@ import errno
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -51,6 +51,7 @@ from nbdsnap.engine.sync import SyncGroup
 from nbdsnap.errors import DeviceError, InUseError, NbdsnapError
 from nbdsnap.store.chunkbits import ChunkBits
 from nbdsnap.store.fileio import FileIO
+from nbdsnap.store.intentlog import Intent
 from nbdsnap.store.layout import CHUNK, CHUNK_SHIFT, chunk_count
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ARRIVE_OPS = 128
+ARRIVE_INTENTS = 128
 RETIRE_CHUNKS = 512
 """Chunks that are marked under the lock at a time: some tens of microseconds."""
 
@@ -201,45 +202,65 @@ class Volume(VolumeState):
         return True
 
     def write_now(self, offset: int, data: memoryview) -> bool:
-        length = len(data)
-        if length > NOW_LIMIT:
-            return False
+        return self.writes_now(((offset, data),))[0]
+
+    def writes_now(self, writes: Sequence[tuple[int, memoryview]]) -> list[bool]:
+        done = [False] * len(writes)
+        later: list[int] = []
+        """Positions of those that go to the log."""
         with self.lock:
             if not self._gate_open:
-                return False
+                return done
             exclusive = self._exclusive
-            if exclusive is not None:
-                chunk = offset >> CHUNK_SHIFT
-                if length <= CHUNK and not offset & (CHUNK - 1):
-                    if not exclusive.bits[chunk >> 3] >> (chunk & 7) & 1:
-                        return self._write_intent(offset, data)
-                elif not exclusive.covers(chunk, chunk_count(offset + length)):
-                    return self._write_intent(offset, data)
-            if (offset | length) & (CHUNK - 1) and not self._edges_cached(offset, offset + length):
-                return False
-            written = self._pwrite(self._fd, data, offset)
-            if written != length:
-                self.origin.write(data[written:], offset + written)
-            self._written += 1
-        return True
+            bits = None if exclusive is None else exclusive.bits
+            for position, (offset, data) in enumerate(writes):
+                length = len(data)
+                if length > NOW_LIMIT:
+                    continue
+                if (offset | length) & (CHUNK - 1) and not self._edges_cached(offset, offset + length):
+                    continue
+                if bits is not None:
+                    chunk = offset >> CHUNK_SHIFT
+                    if length <= CHUNK and not offset & (CHUNK - 1):
+                        if not bits[chunk >> 3] >> (chunk & 7) & 1:
+                            later.append(position)
+                            continue
+                    else:
+                        assert exclusive is not None
+                        if not exclusive.covers(chunk, end := chunk_count(offset + length)):
+                            exclusive.remove(range(chunk, end))  # some may have been, and now have an intent
+                            later.append(position)
+                            continue
+                try:
+                    written = self._pwrite(self._fd, data, offset)
+                    if written != length:
+                        self.origin.write(data[written:], offset + written)
+                except OSError:
+                    continue  # the other way will have the same error, and somebody to tell
+                self._written += 1
+                done[position] = True
+            if later:
+                for position in later[: self._write_intents([writes[position] for position in later])]:
+                    done[position] = True
+        return done
 
-    def _write_intent(self, offset: int, data: memoryview, *, edges_read: bool = False) -> bool:
-        """Under ``lock``: acknowledge from the log, where that is possible."""
+    def _write_intents(self, writes: Sequence[tuple[int, memoryview]]) -> int:
+        """Under ``lock``: acknowledge from the log as many, from the first on, as that is possible for.
+
+        None of their chunks is exclusive.
+        """
         if self.stalled is not None:
-            return False
-        if (offset | len(data)) & (CHUNK - 1) and not edges_read and not self._edges_cached(offset, offset + len(data)):
-            return False
-        intent = self._preserver.append(self, offset, data)
-        if intent is None:
-            return False
-        self.intents.add(intent)
-        if self._exclusive is not None:  # some of its chunks may have been
-            self._exclusive.remove(range(offset >> CHUNK_SHIFT, chunk_count(offset + len(data))))
-        return True
+            return 0
+        intents = self._preserver.append(self, writes)
+        if intents:
+            self.intents.add(intents)
+        return len(intents)
 
     def _log(self, op: Op) -> bool:
         assert op.data is not None
-        return self._write_intent(op.offset, memoryview(op.data), edges_read=True)
+        if self._exclusive is not None:
+            self._exclusive.remove(range(op.offset >> CHUNK_SHIFT, chunk_count(op.offset + op.length)))
+        return self._write_intents(((op.offset, memoryview(op.data)),)) == 1
 
     def flush_now(self) -> bool:
         if self.failure is not None or self._synced != self._written:
@@ -284,7 +305,7 @@ class Volume(VolumeState):
         with self.lock:
             patches = self.intents.patches(offset, offset + length)
         data = list(self.origin.data_extents(offset, length))
-        data += [(start, start + len(content)) for _, start, content in patches]
+        data += [(intent.offset, intent.offset + len(intent.data)) for intent in patches]
         return extents_of(sorted(data), offset, offset + length)
 
     def depths(self, offset: int, length: int) -> list[tuple[int, int]]:
@@ -317,28 +338,22 @@ class Volume(VolumeState):
             return True
         return self._exclusive.covers(op.offset >> CHUNK_SHIFT, chunk_count(op.offset + op.length))
 
-    def missing(self, first: int, end: int) -> list[int]:
-        """The chunks of [first, end) that are not known to be exclusive.  On the preserver's thread."""
-        return [] if self._exclusive is None else self._exclusive.missing(first, end)
+    def missing(self, chunks: Iterable[int]) -> list[int]:
+        """Those of ``chunks`` that are not known to be exclusive.  On the preserver's thread."""
+        return [] if self._exclusive is None else self._exclusive.missing(chunks)
 
     def mark_exclusive(self, chunks: list[int]) -> None:
         """The chunks are preserved for every live snapshot.  Those with a live intent stay out until it is retired."""
         with self.lock:
             if self._exclusive is not None:
-                self._exclusive.add(chunk for chunk in chunks if not self.intents.is_live(chunk))
+                live = self.intents.live
+                self._exclusive.add([chunk for chunk in chunks if chunk not in live])
 
     def mark_block_exclusive(self, block: int, members: int) -> None:
         """The same for a whole block's set."""
         with self.lock:
             if self._exclusive is not None:
                 self._exclusive.add_block(block, members & ~self.intents.live_in_block(block))
-
-    def arrived(self, ops: list[Op]) -> None:
-        """The oldest pending intents, ``ops``, are in place."""
-        for start in range(0, len(ops), ARRIVE_OPS):
-            with self.lock:  # a part at a time: readers and writers wait for it
-                for op in ops[start : start + ARRIVE_OPS]:
-                    self.intents.arrived(op.offset, op.length)
 
     def retired(self, sequence: int) -> None:
         """The log has retired all intents before ``sequence``, so their chunks may be written in place."""
@@ -463,12 +478,32 @@ class Volume(VolumeState):
                 self._idle.notify_all()
         self.finish(op, failure)
 
-    def apply_intent(self, op: Op) -> None:
-        """Write what an intent holds in place.  The log keeps it until :meth:`sync_in_place`."""
+    def apply_intents(self, intents: list[Intent]) -> tuple[int, Exception | None]:
+        """Write what the oldest pending intents hold in place, up to the first where that fails.
+
+        Returns how many arrived, and that failure.  The log keeps all of them until :meth:`sync_in_place`.
+        """
         if self.failure is not None:
-            raise DeviceError(self.failure)
-        assert op.data is not None
-        self.origin.write(op.data, op.offset)
+            return 0, DeviceError(self.failure)
+        failure: Exception | None = None
+        pwrite, fd = self._pwrite, self._fd
+        done = 0
+        try:
+            for intent in intents:
+                data = intent.data
+                written = pwrite(fd, data, intent.offset)
+                if written != len(data):
+                    self.origin.write(data[written:], intent.offset + written)
+                done += 1
+        except Exception as error:
+            failure = error
+        self._arrived(intents[:done] if failure else intents)
+        return done, failure
+
+    def _arrived(self, intents: list[Intent]) -> None:
+        for start in range(0, len(intents), ARRIVE_INTENTS):
+            with self.lock:  # a part at a time: readers and writers wait for it
+                self.intents.arrived(intents[start : start + ARRIVE_INTENTS])
 
     def apply(self, op: Op) -> None:
         """Do a WRITE, TRIM or ZERO in place.  Everything in its range is exclusive, or is not changed by it."""

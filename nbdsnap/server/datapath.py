@@ -228,7 +228,6 @@ class DataPath:
         """The hot loop.  It does what :func:`start_request` does, for the requests that ask for nothing special."""
         device = self.device
         read_now = device.read_now
-        write_now = device.write_now
         size = device.size
         session = self.session
         read_flags = ~session.allowed_flags[NBD_CMD_READ]
@@ -239,6 +238,7 @@ class DataPath:
         out = self.context.outbound
         base = position = self.out_base
         header = self.read_header
+        writes: list[Request] = []
         cold: list[Request] = []
         cold_bytes = 0
         sends = 0
@@ -285,18 +285,13 @@ class DataPath:
                     and 0 < length <= write_limit
                     and offset + length <= size
                     and payload >= 0
-                    and write_now(offset, data[payload : payload + length])
                 ):
-                    if compact:
-                        SIMPLE_REPLY.pack_into(out, position, 0x67446698, 0, cookie)
-                        position += 16
-                        if position > OUTBOUND:
-                            self.send(out[base:position])
-                            position = base
-                        continue
-                    reply: bytes | None = self.replies.success(cookie, offset)
-                else:
-                    reply = start_request(self, request, data)
+                    writes.append(request)
+                    continue
+                if writes:  # they came before
+                    position = self._write(writes, data, position)
+                    writes = []
+                reply = start_request(self, request, data)
             except Exception as error:
                 reply = self.failure(request, error)
             if reply is not None:
@@ -309,11 +304,42 @@ class DataPath:
             if self._is_full():
                 self._stall(list(rest), data)
                 break
+        if writes:
+            position = self._write(writes, data, position)
         if position > base:
             self.send(out[base:position])
         if cold:
             self.cold_reads.add(cold)
+        if cold or writes:
             self._stalled = self._stalled or self._is_full()
+
+    def _write(self, requests: list[Request], data: memoryview, position: int) -> int:
+        """Do WRITEs of one batch together.  Lays their replies into ``outbound`` from ``position`` on; the new
+        position."""
+        out, base = self.context.outbound, self.out_base
+        done = self.device.writes_now([(offset, data[at : at + length]) for _, _, _, offset, length, at in requests])
+        simple = not self.session.extended
+        for request, is_done in zip(requests, done, strict=True):
+            reply: bytes | None
+            if not is_done:
+                try:
+                    reply = start_request(self, request, data)
+                except Exception as error:
+                    reply = self.failure(request, error)
+            elif simple:
+                SIMPLE_REPLY.pack_into(out, position, 0x67446698, 0, request[2])
+                position += 16
+                reply = None
+            else:
+                reply = self.replies.success(request[2], request[3])
+            if reply is not None:
+                end = position + len(reply)
+                out[position:end] = reply
+                position = end
+            if position > OUTBOUND:
+                self.send(out[base:position])
+                position = base
+        return position
 
     def _serve_body(self, body: Body) -> None:
         """As :meth:`_serve`, for one WRITE with a buffer of its own."""

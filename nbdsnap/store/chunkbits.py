@@ -36,10 +36,10 @@ class ChunkBits:
             return False
         return bits[low:high].count(0xFF) == high - low
 
-    def missing(self, first: int, end: int) -> list[int]:
-        """Those of the chunks [first, end) that are not in, ascending."""
+    def missing(self, chunks: Iterable[int]) -> list[int]:
+        """Those of ``chunks`` that are not in, in their order."""
         bits = self.bits
-        return [c for c in range(first, end) if not bits[c >> 3] >> (c & 7) & 1]
+        return [c for c in chunks if not bits[c >> 3] >> (c & 7) & 1]
 
     def add(self, chunks: Iterable[int]) -> None:
         bits = self.bits

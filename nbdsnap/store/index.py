@@ -50,7 +50,7 @@ import json
 import os
 import struct
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -115,6 +115,22 @@ class Record:
     @property
     def has_slot(self) -> bool:
         return self.slot < MAX_SLOTS
+
+
+class NewRecords:
+    """Records of one epoch that are to be put, as columns: ``chunks`` ascending, and a slot and a checksum for each."""
+
+    __slots__ = ("checksums", "chunks", "epoch", "slots")
+
+    def __init__(self, epoch: int, chunks: list[int], slots: list[int], checksums: list[int]) -> None:
+        self.epoch = epoch
+        self.chunks = chunks
+        self.slots = slots
+        self.checksums = checksums
+
+    @classmethod
+    def of(cls, epoch: int, records: Sequence[Record]) -> NewRecords:
+        return cls(epoch, [r.chunk for r in records], [r.slot for r in records], [r.checksum for r in records])
 
 
 def unpack_item(item: Stored) -> Record:
@@ -282,6 +298,32 @@ class PreservedCursor:
         record = unpack_item(cursor.value())
         return record if record.chunk == chunk else None
 
+    def latest_epochs(self, chunks: Sequence[int]) -> list[int]:
+        """For each of ``chunks``, ascending: the epoch of its newest record, 0 where there is none.
+
+        One seek for each, or none where the seek before says that there is nothing.
+        """
+        cursor, key = self._cursor, self._key
+        seek, low32 = cursor.set_range_dup, _LOW32
+        epochs: list[int] = []
+        nothing_before = 0
+        for chunk in chunks:
+            if chunk < nothing_before:
+                epochs.append(0)
+                continue
+            if not seek(key, _PREFIX.pack(chunk >> 32, chunk & low32, 0)):
+                epochs.append(0)
+                nothing_before = MAX_CHUNKS
+                continue
+            high, low, epoch = _PREFIX.unpack_from(cursor.value())
+            nothing_before = high << 32 | low
+            if nothing_before == chunk:
+                latest = self.latest(chunk)
+                epochs.append(latest.epoch if latest else epoch)
+            else:
+                epochs.append(0)
+        return epochs
+
     def around(self, chunk: int, epoch: int) -> tuple[Record | None, Record | None, Record | None]:
         """``(previous, the record, next)`` of the chunk, of which any may be missing."""
         cursor = self._cursor
@@ -328,17 +370,18 @@ class IndexWriter(IndexReader):
     def delete_snapshot(self, volume: int, epoch: int) -> None:
         self._txn.delete(SNAPSHOT_KEY.pack(volume, epoch), db=self._db["snapshots"])
 
-    def preserve(self, volume: int, records: list[Record]) -> None:
-        """Put new records, ascending by chunk, and enter them into ``changed``."""
+    def preserve(self, volume: int, records: NewRecords) -> None:
+        """Put new records, and enter them into ``changed``."""
         cursor = self._txn.cursor(self._db["preserved"])
         key = _U32.pack(volume)
-        cursor.putmulti([(key, _pack(r.chunk, r.epoch, r.slot, r.checksum)) for r in records], dupdata=True)
-        members: dict[tuple[int, int], list[int]] = {}
-        mask = (1 << BLOCK_SHIFT) - 1
-        for record in records:
-            members.setdefault((record.epoch, record.chunk >> BLOCK_SHIFT), []).append(record.chunk & mask)
+        epoch, pack = records.epoch, ITEM.pack
+        items = [
+            (key, pack(chunk >> 32, chunk & _LOW32, epoch, slot >> 32, slot & _LOW32, checksum))
+            for chunk, slot, checksum in zip(records.chunks, records.slots, records.checksums, strict=True)
+        ]
+        cursor.putmulti(items, dupdata=True)
         changed = self._db["changed"]
-        for (epoch, block), numbers in members.items():
+        for block, numbers in _by_block(records.chunks).items():
             block_key = CHANGED_KEY.pack(volume, epoch, block)
             stored = bytes(self._txn.get(block_key, b"", db=changed))
             self._txn.put(block_key, chunkset.add(stored, numbers), db=changed)
@@ -353,16 +396,9 @@ class IndexWriter(IndexReader):
 
     def change_slots(self, used: Iterable[int] = (), freed: Iterable[int] = ()) -> None:
         """Enter slots as in use, or take them out."""
-        mask = (1 << BLOCK_SHIFT) - 1
-        members: dict[int, list[int]] = {}
-        for slot in used:
-            members.setdefault(slot >> BLOCK_SHIFT, []).append(slot & mask)
-        for block, numbers in members.items():
+        for block, numbers in _by_block(used).items():
             self._put_slots(block, self._slots_of(block) | chunkset.from_iterable(numbers))
-        members.clear()
-        for slot in freed:
-            members.setdefault(slot >> BLOCK_SHIFT, []).append(slot & mask)
-        for block, numbers in members.items():
+        for block, numbers in _by_block(freed).items():
             self._put_slots(block, self._slots_of(block) & ~chunkset.from_iterable(numbers))
 
     def _slots_of(self, block: int) -> int:
@@ -393,6 +429,19 @@ class IndexWriter(IndexReader):
                 self._txn.put(key, _U64.pack(count), db=table)
             else:
                 self._txn.delete(key, db=table)
+
+
+def _by_block(numbers: Iterable[int]) -> dict[int, list[int]]:
+    """Chunk or slot numbers, within their blocks."""
+    mask = (1 << BLOCK_SHIFT) - 1
+    blocks: dict[int, list[int]] = {}
+    for number in numbers:
+        block = number >> BLOCK_SHIFT
+        if block in blocks:
+            blocks[block].append(number & mask)
+        else:
+            blocks[block] = [number & mask]
+    return blocks
 
 
 class Index:

@@ -24,8 +24,9 @@ Record, at a multiple of 8, never across the ring's end::
   in the ring, unsynced and never replayed, can't be taken for a new one's successor.
 * ``clean`` is 1 while no process has the log open and nothing is in it: then there is nothing to look for.
 * A record of volume 0 is padding up to the ring's end.
-* Appends write whole pages (the last one padded; its beginning is kept in memory), so that the kernel never has to
-  read a page before it changes it: an append does not wait for the disk.
+* Appends write whole pages (the last one padded; its beginning is kept in memory: :class:`_Stage`), so that the kernel
+  never has to read a page before it changes it: an append does not wait for the disk.  One call writes all records of
+  one :meth:`IntentLog.append`.
 * The tail moves by :meth:`IntentLog.retire`, durably, when all before it is durable in place.  Only then may these
   chunks be written past the log; else a replay would put old data over newer.
 """
@@ -36,8 +37,8 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import xxhash
@@ -63,18 +64,51 @@ RECORD_BYTES = _RECORD.size + _U64.size
 _ZEROES = bytes(PAGE)
 
 
-@dataclass(frozen=True)
+STAGE = 512 << 10
+"""Bytes of the log's end that are kept in memory in one piece: twice the longest record."""
+
+SPARE_STAGES = 4
+"""Pieces of memory that are kept for later when nothing in them is needed any more."""
+
+
 class Intent:
     """A write that was acknowledged: ``data`` belongs at ``offset`` of the volume number ``volume``.
 
-    ``end``: the log's position after it.
+    ``end``: the log's position after it.  Never changed; a plain class, since one is made for every such write.
     """
 
-    sequence: int
-    volume: int
-    offset: int
-    data: memoryview
-    end: int
+    __slots__ = ("data", "end", "offset", "sequence", "volume")
+
+    def __init__(self, sequence: int, volume: int, offset: int, data: memoryview, end: int) -> None:
+        self.sequence = sequence
+        self.volume = volume
+        self.offset = offset
+        self.data = data
+        self.end = end
+
+
+class _Stage:
+    """The log's end in memory: its bytes from ``base``, a multiple of PAGE, on.
+
+    Records are built here, and written from here; a write that begins in the middle of a page finds the page's
+    beginning before it.  An intent's data is a part of it, too, so its memory is used again only when no part is left:
+    a bytearray that has views can't be resized, which is how that is known (:func:`_is_free`).
+    """
+
+    def __init__(self, memory: bytearray, base: int) -> None:
+        self.memory = memory
+        self.base = base
+        self.view = memoryview(memory)
+
+
+def _is_free(memory: bytearray) -> bool:
+    """Whether no view of ``memory`` is left."""
+    try:
+        del memory[-1:]
+    except BufferError:
+        return False
+    memory.append(0)
+    return True
 
 
 class IntentLog:
@@ -100,7 +134,8 @@ class IntentLog:
             io.close(self.fd)
             raise
         self._head: int = self.tail
-        self._prefix = b""
+        self._stage: _Stage | None = None
+        self._spare: deque[bytearray] = deque()
         self.next_sequence: int = self.tail_sequence
         self.synced_sequence = self.tail_sequence - 1
 
@@ -147,58 +182,120 @@ class IntentLog:
 
     # Writing
 
-    def append(self, volume: int, offset: int, data: memoryview) -> Intent | None:
-        """Put a write into the log (the page cache, not yet the disk); None where there is no room for it."""
-        length = len(data)
-        size = RECORD_BYTES + ((length + 7) & ~7)
-        if self._clean or self.failure is not None or length > MAX_PAYLOAD:
-            return None
-        to_end = self.size - self._head % self.size
-        if self._head + size + (to_end if to_end < size else 0) + PAGE > self.tail + self.size:
-            return None
-        try:
-            if to_end < size:
-                self._pad(to_end)
-            record = self._record(volume, offset, data)
-            self._write(record)
-        except OSError:
-            return None  # what was written of it is overwritten by the next one, or is not valid
+    def append(self, volume: int, writes: Sequence[tuple[int, memoryview]]) -> list[Intent]:
+        """Put writes, each ``(offset, data)``, into the log (the page cache, not yet the disk).
+
+        Returns the intents of as many, from the first on, as there is room for.
+        """
+        intents: list[Intent] = []
+        if self._clean or self.failure is not None:
+            return intents
+        head = start = self._head
         sequence = self.next_sequence
-        self.next_sequence = sequence + 1
-        view = memoryview(record)[RECORD_BYTES : RECORD_BYTES + length]
-        return Intent(sequence, volume, offset, view, self._head)
+        size, limit = self.size, self.tail + self.size - PAGE
+        stage = self._stage
+        hash64 = xxhash.xxh3_64_intdigest
+        written = 0
+        try:
+            for offset, data in writes:
+                length = len(data)
+                needed = RECORD_BYTES + ((length + 7) & ~7)
+                to_end = size - head % size
+                if length > MAX_PAYLOAD or head + needed + (to_end if to_end < needed else 0) > limit:
+                    break
+                if stage is None or to_end < needed or head + needed - stage.base > STAGE - PAGE:
+                    if head > start:
+                        assert stage is not None
+                        self._write(stage, start, head, sequence)
+                        written = len(intents)
+                    if to_end < needed:
+                        self._pad(to_end)
+                        head, sequence = self._head, self.next_sequence
+                    stage, start = self._next_stage(), head
+                place = head - stage.base
+                view = stage.view
+                _RECORD.pack_into(
+                    view, place, _RECORD_MAGIC, length, self.life, sequence, self.synced_sequence, offset, volume, 0
+                )
+                checksum = hash64(data, hash64(view[place : place + _RECORD.size]))
+                _U64.pack_into(view, place + _RECORD.size, checksum)
+                begin = place + RECORD_BYTES
+                kept = view[begin : begin + length]
+                kept[:] = data
+                if length & 7:
+                    view[begin + length : place + needed] = _ZEROES[: -length & 7]
+                head += needed
+                intents.append(Intent(sequence, volume, offset, kept, head))
+                sequence += 1
+            if head > start:
+                assert stage is not None
+                self._write(stage, start, head, sequence)
+                written = len(intents)
+        except OSError:
+            pass  # what was written of it is overwritten by the next ones, or is not valid
+        del intents[written:]
+        return intents
 
     @property
     def is_half_full(self) -> bool:
         return bool(self._head - self.tail > self.size // 2)
 
-    def _record(self, volume: int, offset: int, data: memoryview) -> bytes:
-        length = len(data)
-        header = _RECORD.pack(
-            _RECORD_MAGIC, length, self.life, self.next_sequence, self.synced_sequence, offset, volume, 0
-        )
-        checksum = xxhash.xxh3_64_intdigest(data, xxhash.xxh3_64_intdigest(header))
-        return b"".join((header, _U64.pack(checksum), data, _ZEROES[: -length & 7]))
-
     def _pad(self, count: int) -> None:
+        """Fill the ring up to its end."""
+        filler = bytearray(count)
+        sequence = self.next_sequence
         if count >= RECORD_BYTES:
             header = _RECORD.pack(
-                _RECORD_MAGIC, count - RECORD_BYTES, self.life, self.next_sequence, self.synced_sequence, 0, 0, 0
+                _RECORD_MAGIC, count - RECORD_BYTES, self.life, sequence, self.synced_sequence, 0, 0, 0
             )
-            checksum = xxhash.xxh3_64_intdigest(b"", xxhash.xxh3_64_intdigest(header))
-            self._write(header + _U64.pack(checksum) + bytes(count - RECORD_BYTES))
-            self.next_sequence += 1
-        else:
-            self._write(bytes(count))
+            filler[: _RECORD.size] = header
+            _U64.pack_into(filler, _RECORD.size, xxhash.xxh3_64_intdigest(b"", xxhash.xxh3_64_intdigest(header)))
+            sequence += 1
+        page = self._page_so_far()
+        self._io.write_all(self.fd, [page, filler], PAGE + self._head % self.size - len(page))
+        self._head += count
+        self.next_sequence = sequence
 
-    def _write(self, record: bytes) -> None:
-        place = self._head % self.size
-        prefix = self._prefix
-        fill = -(place + len(record)) % PAGE
-        self._io.write_all(self.fd, [prefix, record, _ZEROES[:fill]], PAGE + place - len(prefix))
-        self._head += len(record)
-        left = self._head % PAGE
-        self._prefix = (prefix + record)[-left:] if left else b""
+    def _page_so_far(self) -> bytes:
+        """The beginning of the page that the head is in."""
+        count = self._head % PAGE
+        if self._stage is None or not count:
+            return b""
+        place = self._head - self._stage.base
+        return bytes(self._stage.view[place - count : place])
+
+    def _next_stage(self) -> _Stage:
+        """Memory for what comes from the head on."""
+        page = self._page_so_far()
+        self._forget_stage()
+        spare = self._spare
+        memory = spare.popleft() if spare and _is_free(spare[0]) else bytearray(STAGE)
+        while len(spare) > SPARE_STAGES and _is_free(spare[0]):
+            spare.popleft()
+        self._stage = _Stage(memory, self._head - len(page))
+        self._stage.view[: len(page)] = page
+        return self._stage
+
+    def _write(self, stage: _Stage, start: int, end: int, sequence: int) -> None:
+        """Write the staged records of [start, end), which end before ``sequence``, as whole pages."""
+        low = (start - stage.base) & -PAGE
+        place = end - stage.base
+        high = (place + PAGE - 1) & -PAGE
+        stage.view[place:high] = _ZEROES[: high - place]
+        data = stage.view[low:high]
+        offset = PAGE + (stage.base + low) % self.size
+        count = self._io.pwrite(self.fd, data, offset)
+        if count != len(data):
+            self._io.write_all(self.fd, [data[count:]], offset + count)
+        self._head = end
+        self.next_sequence = sequence
+
+    def _forget_stage(self) -> None:
+        """The head is at the beginning of a page, and what comes has nothing to do with what was."""
+        if self._stage is not None:
+            self._spare.append(self._stage.memory)
+            self._stage.view.release()
+            self._stage = None
 
     def sync(self) -> None:
         """Make durable all that was appended before this call.  A failed sync is final: the log takes nothing any
@@ -246,7 +343,7 @@ class IntentLog:
         if self.size != self._wanted_size:
             self._make_ring()
             self.size = self._wanted_size
-        self._prefix = b""
+        self._forget_stage()
 
     def renew(self) -> None:
         """Begin again in a new file, after a failure.  All that was appended is durable elsewhere; no append is made
@@ -258,7 +355,8 @@ class IntentLog:
                 self._make_ring()
                 self.size = self._wanted_size
                 self.life += 1
-                self._head, self._prefix = -(-self._head // PAGE) * PAGE, b""
+                self._head = -(-self._head // PAGE) * PAGE
+                self._forget_stage()
                 self._write_header(self._head, self.next_sequence)
                 self._io.rename(new, self.path)
                 self._io.fsync_directory(self.path.parent)

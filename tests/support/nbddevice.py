@@ -8,7 +8,7 @@ When the connection breaks, what is under way is done with :class:`DisconnectedE
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from nbdsnap.engine.device import Done, Op, OpKind
@@ -149,6 +149,9 @@ class NbdDevice:
 
     def write_now(self, offset: int, data: memoryview) -> bool:
         return False
+
+    def writes_now(self, writes: Sequence[tuple[int, memoryview]]) -> list[bool]:
+        return [self.write_now(offset, data) for offset, data in writes]
 
     def flush_now(self) -> bool:
         return False

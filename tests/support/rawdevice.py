@@ -148,6 +148,9 @@ class RawDevice:
         self._file.dirty = True
         return os.pwrite(self._file.fd, data, offset) == len(data)
 
+    def writes_now(self, writes: Sequence[tuple[int, memoryview]]) -> list[bool]:
+        return [self.write_now(offset, data) for offset, data in writes]
+
     def flush_now(self) -> bool:
         return not self._file.dirty and not self._file.cold
 

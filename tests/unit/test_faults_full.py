@@ -16,7 +16,7 @@ import pytest
 from nbdsnap.engine.device import Device, OpKind
 from nbdsnap.engine.pool import Pool, PoolOptions
 from nbdsnap.errors import InUseError, NbdsnapError, NoSpaceError, NotFoundError, UsageError
-from nbdsnap.store.index import Index, Record
+from nbdsnap.store.index import Index, NewRecords
 from nbdsnap.store.layout import ZERO_SLOT
 from tests.support.deadline import wait_until
 from tests.support.device import flush, read, submit, write
@@ -298,7 +298,8 @@ def test_a_full_disk_is_warned_of_like_a_limit(tmp_path: Path) -> None:
 def test_the_index_grows_by_itself(tmp_path: Path) -> None:
     index = Index(tmp_path / "index", create=True, map_size=256 << 10)
     for start in range(0, 40_000, 4000):
-        records = [Record(chunk, 1, ZERO_SLOT, chunk) for chunk in range(start, start + 4000)]
+        chunks = list(range(start, start + 4000))
+        records = NewRecords(1, chunks, [ZERO_SLOT] * 4000, chunks)
         index.update(lambda txn, records=records: txn.preserve(1, records))  # type: ignore[misc]
     with index.read() as reader:
         assert [record.chunk for record in reader.cursor(1).all()] == list(range(40_000))
