@@ -7,6 +7,10 @@ export PYTHON
 
 SOURCES := nbdsnap tests benchmarks
 
+# Two tests at a time: many of them wait for a disk, a kernel or a client.  JOBS=0 runs them one by one.
+JOBS   ?= 2
+PYTEST := $(BIN)/pytest -n $(JOBS)
+
 .DEFAULT_GOAL := help
 .PHONY: help run test quick lint format bench conformance-peers clients clean
 
@@ -32,10 +36,10 @@ run: $(VENV)/installed
 	@$(BIN)/nbdsnap demo demo
 
 test: lint clients
-	$(BIN)/pytest --durations=15 tests
+	$(PYTEST) --durations=15 tests
 
 quick: lint
-	$(BIN)/pytest -m 'not slow' --durations=5 tests/unit tests/model
+	$(PYTEST) -m 'not slow' --durations=5 tests/unit tests/model
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check $(SOURCES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.server import SERVERS, Server, Volume
+
+
+os.environ.pop("PYTHONUNBUFFERED", None)  # users have it seldom, and it hides errors of writing the output
 
 
 @pytest.hookimpl(wrapper=True)
