@@ -188,7 +188,7 @@ def test_a_damaged_chunk_is_named(damaged: Path, images: Images, caplog: pytest.
         device = pool.open_device("vol@b")
         with pytest.raises(CorruptionError):
             read(device, 3 * CHUNK, 512)
-        assert "volume vol, snapshot b, offset 12288: the preserved chunk" in caplog.text
+        assert "vol@b: the data at offset 12288 (slot " in caplog.text
         assert read(device, CHUNK, 2 * CHUNK) == images["vol@b"][CHUNK : 3 * CHUNK]
         device.close()
         assert read_export(pool, "vol@a") == images["vol@a"]
