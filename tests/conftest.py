@@ -11,7 +11,6 @@ import pytest
 
 from tests.support.server import SERVERS, Server, Volume
 
-
 os.environ.pop("PYTHONUNBUFFERED", None)  # users have it seldom, and it hides errors of writing the output
 
 
