@@ -358,8 +358,6 @@ class Preserver:
         for volume, item in batch:
             if isinstance(item, IntentGroup):
                 self._apply_intents(volume, item, obstacles, stuck)
-                if not again:
-                    self._kept += item.chunks
                 continue
             try:
                 obstacles.check(volume, item)
@@ -374,6 +372,8 @@ class Preserver:
             else:
                 volume.finish(item, None)
         self._space.refresh()
+        if not again:  # after the refresh: what they took is not room any more
+            self._kept += sum(item.chunks for _, item in batch if isinstance(item, IntentGroup))
         if over_intents:
             self._finish_after_checkpoint(over_intents)
 
