@@ -104,6 +104,9 @@ class Blank:
     def write_now(self, offset: int, data: memoryview) -> bool:
         raise AssertionError("a view takes no writes")
 
+    def writes_now(self, writes: Sequence[tuple[int, memoryview]]) -> list[bool]:
+        raise AssertionError("a view takes no writes")
+
     def flush_now(self) -> bool:
         return True
 
