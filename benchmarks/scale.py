@@ -100,7 +100,10 @@ def rows(small: Costs, large: Costs, size: int, connections: int) -> list[Row]:
     per_connection = Limit(bound=(1 << 20))
     growth = max(1, connections - CONNECTIONS)
     return [
-        Row("start", small.start_s, large.start_s, seconds, Limit(bound=10.0), "seconds"),
+        Row("start", small.start_s, large.start_s, seconds, Limit(bound=5.0), "at most 5 s"),
+        Row(
+            "start after a kill", small.killed_start_s, large.killed_start_s, seconds, Limit(bound=10.0), "at most 10 s"
+        ),
         Row("memory after the start", small.memory, large.memory, _size, memory, memory_promise),
         Row(f"memory, {CONNECTIONS} connections", small.memory_64, large.memory_64, _size, memory, memory_promise),
         Row(
@@ -217,8 +220,9 @@ class Scale:
     def _seeded(self, name: str, size: int, words: list[str], chunks: int) -> tuple[Path, Path]:
         """The scratch folder of a pool, made unless it is there and may be used again, and its volume's file."""
         scratch, image = self.folder / name, self.images / f"nbdsnap-scale-{name}.img"
-        with image.open("ab") as file:
-            file.truncate(size)
+        if not image.exists() or image.stat().st_size != size:  # else its time stays: the pool knows it
+            with image.open("ab") as file:
+                file.truncate(size)
         if not (self.reuse and (scratch / "complete").exists()):
             say(f"{name} pool: filling")
             shutil.rmtree(scratch, ignore_errors=True)

@@ -6,7 +6,9 @@ start).  Each management operation meets the same change in every pool: CHANGE c
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -28,6 +30,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 CHANGE = 1000
+LOGGED = 12_000
+"""First overwrites right before the kill: three quarters of the intent log, all to be replayed."""
+
 REPEATS = 7
 """Snapshots taken, filled and deleted again; the costs are the medians."""
 
@@ -44,6 +49,7 @@ class Costs:
     """What was measured; times in seconds, memory in bytes, rates in requests per second."""
 
     start_s: float = 0.0
+    killed_start_s: float = 0.0
     memory: int = 0
     resident: int = 0
     create_s: float = 0.0
@@ -89,10 +95,26 @@ class Probe:
             costs.read_oldest = self._read(snapshot_name(0))
             costs.read_newest = self._read(snapshot_name(self.snapshots - 1))
             self._hold_connections(running)
+            self._kill(running)
         finally:
             running.stop()
         self._sizes()
         return costs
+
+    def _kill(self, running: Running) -> None:
+        """The time of a start after a kill under load, with as much to replay as can be had; and a stop in order."""
+        names = [f"{VOLUME}@killed"]
+        with RemoteClient(self.place.scratch / "control.sock") as client:
+            client.call(operations.SNAPSHOT_CREATE, SnapshotCreate(names=names))
+        self._overwrite(LOGGED)
+        os.kill(running.pid, signal.SIGKILL)
+        running.stop()
+        begin = time.perf_counter()
+        again = self.peer.start(self.place)
+        self.costs.killed_start_s = time.perf_counter() - begin
+        with RemoteClient(self.place.scratch / "control.sock") as client:
+            client.call(operations.SNAPSHOT_DELETE, SnapshotDelete(names=names))
+        again.stop()
 
     def _ask(self, client: RemoteClient) -> None:
         costs = self.costs
@@ -120,13 +142,13 @@ class Probe:
         costs.delete_s, costs.delete_newest_s = median(deletes[:-1]), deletes[-1]
         costs.first_overwrites = median(rates)
 
-    def _overwrite(self) -> float:
-        """Overwrite CHANGE random chunks of the live volume: writes per second."""
+    def _overwrite(self, chunks: int = CHANGE) -> float:
+        """Overwrite random chunks of the live volume: writes per second."""
         sock, size = connect(self._uri(VOLUME))
         with sock:
-            offsets = [chunk * CHUNK for chunk in self._rng.sample(range(size // CHUNK), CHANGE)]
+            offsets = [chunk * CHUNK for chunk in self._rng.sample(range(size // CHUNK), chunks)]
             pipeline = Pipeline(sock, Schedule(offsets, once=True), write=True, block=CHUNK, depth=DEPTH)
-            return CHANGE / pipeline.run(procs.START_TIMEOUT_S)
+            return chunks / pipeline.run(procs.START_TIMEOUT_S)
 
     def _read(self, name: str) -> float:
         """Random reads of a snapshot: reads per second."""

@@ -168,6 +168,9 @@ def index_problems(salvage: Salvage) -> list[Problem]:
     problems += [Problem(kind="index", detail=f"the record of volume number {number} is lost") for number in lost]
     if salvage.meta() is None:
         problems.append(Problem(kind="index", detail="the pool's own record is lost"))
+    if salvage.damaged_pages and not problems:
+        detail = f"{salvage.damaged_pages} pages of the index that are not in use changed while no server ran"
+        problems.append(Problem(kind="index", detail=detail))
     return problems
 
 

@@ -81,7 +81,7 @@ def plan_repair(pool: OfflinePool) -> Plan:
         salvage.read_all()
         problems = list(Checker(OfflineSource(salvage), store, data=True).problems())
         healthy = all(problem.kind == "lost" for problem in problems)
-        if healthy and not salvage.damage and salvage.meta() is not None:
+        if healthy and not salvage.damage and not salvage.damaged_pages and salvage.meta() is not None:
             return plan
         plan.rewrite_index = True
         _plan_index(plan, salvage, store)

@@ -16,6 +16,7 @@ The owner serialises all calls but those that read, :meth:`sync` and :meth:`writ
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +26,8 @@ from nbdsnap.errors import CorruptionError, NoSpaceError
 from nbdsnap.store import chunkset
 from nbdsnap.store.fileio import Buffer, FileIO
 from nbdsnap.store.layout import BLOCK, BLOCK_SHIFT, CHUNK, CHUNK_SHIFT, MAX_SLOTS
+
+log = logging.getLogger(__name__)
 
 INDEX_RESERVE = 16 << 20
 """Bytes of the file system (or a 16th of it, if that is less) that preserved data leaves free."""
@@ -126,8 +129,11 @@ class ChunkStore:
     def free(self, slots: list[int]) -> None:
         """Slots of a durable transaction's removed records: make them free and give their space back."""
         runs = list(coalesce(sorted(slots)))
-        for first, count in runs:
-            self._io.punch_hole(self.fd, first << CHUNK_SHIFT, count << CHUNK_SHIFT)
+        try:
+            for first, count in runs:
+                self._io.punch_hole(self.fd, first << CHUNK_SHIFT, count << CHUNK_SHIFT)
+        except OSError as error:  # they are free all the same, and may be written again
+            log.warning("the space of %d slots of %s can't be given back now: %s", len(slots), self.path, error)
         self.release(runs)
 
     def write(self, runs: Sequence[Run], buffers: Sequence[Buffer]) -> None:

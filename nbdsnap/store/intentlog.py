@@ -33,6 +33,7 @@ Record, at a multiple of 8, never across the ring's end::
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 import threading
@@ -46,6 +47,8 @@ import xxhash
 from nbdsnap.errors import CorruptionError, DeviceError, FormatError
 from nbdsnap.store.fileio import Buffer, FileIO
 from nbdsnap.store.layout import DEFAULT_LOG_SIZE
+
+log = logging.getLogger(__name__)
 
 PAGE = 4096
 VERSION = 1
@@ -140,10 +143,12 @@ class IntentLog:
         self.synced_sequence = self.tail_sequence - 1
 
     def close(self) -> None:
-        """Where the log is empty, say so, for a quick start."""
+        """Where the log is empty, say so, for a quick start.  If that fails, the next start finds out by reading."""
         try:
             if not self._clean and self.failure is None and self.tail_sequence == self.next_sequence:
                 self._write_header(self._head, self.next_sequence, clean=True)
+        except OSError as error:
+            log.warning("the intent log %s could not be marked as empty, which it is: %s", self.path, error)
         finally:
             self._io.close(self.fd)
 

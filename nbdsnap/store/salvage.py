@@ -55,6 +55,8 @@ class Salvage:
 
     def __init__(self, io: FileIO, path: Path, damaged: Collection[int] = ()) -> None:
         self._pages = PageFile(io, path, damaged)
+        self.damaged_pages = len(damaged)
+        """Known to be: not all of them need be in use."""
         self.damage: dict[Damage, None] = {}
         """What was found so far, in order."""
         for gap in self._pages.gaps:

@@ -16,16 +16,18 @@ from __future__ import annotations
 import argparse
 import pickle
 import shutil
+import struct
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from tests.crash.explorer import Report, StateId, build, explore, plan, scratch_root
 from tests.crash.pool_verify import Earlier, PoolVerifier, make_verify, until
 from tests.crash.pool_workload import initial_content, origin_path
-from tests.crash.recording import Recording
+from tests.crash.recording import Kind, Recording
 from tests.crash.tracer import record
 
 MAPPED = ("*/index.mdb*-lock",)
@@ -83,6 +85,28 @@ def _record(scratch: Path, seed: int, operations: int, number: int) -> Recording
     return record(command, scratch / "disk", scratch / "trace", mapped=MAPPED)
 
 
+_LOG_HEADER = struct.Struct(">8sIIQQQ")
+
+
+def features(recording: Recording) -> set[str]:
+    """What happened in a run that does not in each: see :mod:`tests.crash.pool_workload`."""
+    found: set[str] = set()
+    for operation in recording.operations:
+        if operation.kind is Kind.RENAME and operation.target == "pool/intent.log":
+            found.add("log renewed")
+        elif operation.kind is Kind.RENAME and fnmatch(operation.target, "pool/intents-*.log"):
+            found.add("writes stranded")
+        elif operation.kind is Kind.UNLINK and fnmatch(operation.path, "pool/intents-*.log"):
+            found.add("stranded writes applied")
+        elif operation.path == "pool/intent.log" and operation.offset == 0 and operation.data.startswith(b"NBDSNLOG"):
+            *_, size, tail = _LOG_HEADER.unpack_from(operation.data)
+            if tail > size:
+                found.add("log wrapped")
+    if any(mark.fields.get("dropped") for mark in recording.marks):
+        found.add("snapshots dropped")
+    return found
+
+
 def explore_stages(stages: int, seed: int, count: int, workers: int = 1) -> tuple[Report, Stage]:
     """Explore ``count`` states of each stage; stops at the first that breaks a promise, which is then the one
     returned."""
@@ -91,6 +115,7 @@ def explore_stages(stages: int, seed: int, count: int, workers: int = 1) -> tupl
     for number in range(stages):
         if number:
             stage = next_stage(stage, plan(stage.recording, seed, 7)[3])
+        total.features |= features(stage.recording)
         stage.make_verify().expectation.check_instants()
         total.add(explore(stage.recording, stage.make_verify, seed=seed, count=count, workers=workers))
         if total.violations:
@@ -126,7 +151,7 @@ def main() -> int:
     for seed in range(first, end):
         report, stage = explore_stages(options.stages, seed, options.states, options.workers)
         states += report.states
-        print(f"seed {seed}: {report} ({states} in all)", flush=True)
+        print(f"seed {seed}: {report} ({states} in all; {', '.join(sorted(report.features))})", flush=True)
         if report.violations:
             path = options.keep / f"nbdsnap-crash-{seed}.pickle"
             stage.save(path)

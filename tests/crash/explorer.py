@@ -45,6 +45,8 @@ SEARCH_ROUNDS = (60, 250, 1000, 4000)
 """States in each round of a search for a planted bug: most show at once, a few hide in a single moment of the run."""
 
 NEAR_POINTS = 40
+FAR_POINTS = 300
+"""How many moments after what is dropped are looked at: at first, and later, in turn."""
 
 _BLOCK = 16384
 _ZEROES = bytes(_BLOCK)
@@ -82,6 +84,8 @@ class Report:
     repeated: int = 0
     seconds: float = 0.0
     violations: list[tuple[StateId, str]] = field(default_factory=list)
+    features: set[str] = field(default_factory=set)
+    """What the explored runs did."""
 
     def __str__(self) -> str:
         rate = self.states / self.seconds if self.seconds else 0.0
@@ -93,6 +97,7 @@ class Report:
         self.repeated += other.repeated
         self.seconds += other.seconds
         self.violations += other.violations
+        self.features |= other.features
 
 
 def plan(recording: Recording, seed: int, states: int, among: Sequence[int] = ()) -> list[StateId]:
@@ -108,14 +113,14 @@ def plan(recording: Recording, seed: int, states: int, among: Sequence[int] = ()
     return sorted(chosen, key=lambda state: state.time)
 
 
-def points_after(recording: Recording, drop: Drop) -> list[int]:
-    """The moments soon after what is dropped: there its loss is most likely to show."""
+def points_after(recording: Recording, drop: Drop, count: int = NEAR_POINTS) -> list[int]:
+    """The ``count`` moments after what is dropped: there its loss is most likely to show."""
     points = recording.points()
     near: set[int] = set()
     for operation in recording.operations:
         if operation.is_sync and drop(operation):
             first = bisect_left(points, operation.end)
-            near.update(points[first : first + NEAR_POINTS])
+            near.update(points[first : first + count])
     return sorted(near)
 
 
@@ -196,10 +201,10 @@ def explore_until_found(
     drop: Drop = nothing_dropped,
     rounds: Sequence[int] = SEARCH_ROUNDS,
 ) -> Report:
-    """Look for a violation that must be there, in rounds of growing size: soon after what is dropped, or everywhere."""
+    """Look for a violation that must be there, in rounds of growing size: soon after what is dropped, and later."""
     report = Report()
-    among = points_after(recording, drop)
     for number, count in enumerate(rounds):
+        among = points_after(recording, drop, FAR_POINTS if number % 2 else NEAR_POINTS)
         report.add(explore(recording, make_verify, seed=seed + number, count=count, drop=drop, among=among))
         if report.violations:
             break

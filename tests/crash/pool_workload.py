@@ -1,20 +1,31 @@
 """The traced program: a pool under load from several threads, with marks of what each was told.
 
 Two volumes; the origin of one is created with it, the other's was there.  The pool is opened, loaded, closed, opened
-again and loaded again; with an odd seed the program then ends in the middle of things.
+again and loaded again; with some seeds the program then ends in the middle of things.
+
+The seed also says what else happens (:func:`scenario`):
+
+``plain``   nothing
+``faults``  disks fail for a while, so that acknowledged writes are stranded in files of their own, and the log is
+            renewed; at last a sync of an origin fails, which is final until the next opening
+``full``    the store is small, and drops snapshots
 """
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
+import random
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nbdsnap.engine import preserver, reclaim, stamps
+from nbdsnap.engine.deletion import Deletions, Doomed
 from nbdsnap.engine.device import Device
 from nbdsnap.engine.pool import Pool, PoolOptions
 from nbdsnap.engine.records import JsonObject
@@ -23,6 +34,7 @@ from nbdsnap.store.origin import Origin
 from tests.crash.marks import Marks
 from tests.crash.tracer import WORKING_FOLDER
 from tests.support import load
+from tests.support.faultyio import FaultyIO
 from tests.support.history import content
 
 SIZES = {"new": 200 * 1024 + 700, "old": 96 * 1024}
@@ -30,15 +42,27 @@ SIZES = {"new": 200 * 1024 + 700, "old": 96 * 1024}
 SLICE_CHUNKS = 8
 """What the engine preserves or reclaims with one commit: few, so that an operation may span several commits."""
 
-LOG_SIZE = 128 << 10
+LOG_SIZE = 64 << 10
 """Small, so that the intent log wraps, and fills up."""
 
-SYNC_HELPERS = ("sync", "sync_in_place", "_sync_now", "_write_header")
+STORE_LIMIT = 40 * 4096
+"""Of a full store: half of what the volumes hold."""
+
+RETRY_S = 0.01
+"""Between two tries to apply what a failing disk did not take."""
+
+SCENARIOS = ("plain", "faults", "full")
+
+SYNC_HELPERS = ("sync", "sync_in_place", "_sync_now", "_write_header", "fdatasync")
 """Functions whose callers say more about why they sync."""
 
 OPERATIONS_PER_RUN = 1_000_000
 BARE_FIRST = OPERATIONS_PER_RUN // 2
 """More than a run has: operations of different runs on one pool have different numbers."""
+
+
+def scenario(seed: int) -> str:
+    return SCENARIOS[seed % len(SCENARIOS)]
 
 
 def initial_content(name: str) -> bytes:
@@ -70,9 +94,9 @@ def adapt_engine(marks: Marks | None = None) -> None:
     stamps.stamp_of = stamp_of
 
 
-def open_pool() -> Pool:
+def open_pool(io: FileIO | None = None, **options: Any) -> Pool:
     """What a server does at its start, in the working folder."""
-    pool = Pool.open(Path("pool"), PoolOptions(log_size=LOG_SIZE), create=True)
+    pool = Pool.open(Path("pool"), PoolOptions(log_size=LOG_SIZE, **options), create=True, io=io)
     try:
         for name, size in SIZES.items():
             pool.volume_ensure(name, origin_path(name), size)
@@ -114,16 +138,83 @@ class PoolTarget:
 
 def name_syncs(marks: Marks) -> None:
     """Mark the place in the code of each sync that goes through the seam."""
-    original = FileIO.fdatasync
+    sync, sync_directory = FileIO.fdatasync, FileIO.fsync_directory
 
-    def fdatasync(self: FileIO, fd: int) -> None:
-        frame = sys._getframe(1)
+    def place() -> str:
+        frame = sys._getframe(2)
         while frame.f_code.co_name in SYNC_HELPERS and frame.f_back is not None:
             frame = frame.f_back
-        marks.site(f"{frame.f_globals['__name__'].removeprefix('nbdsnap.')}.{frame.f_code.co_name}")
-        original(self, fd)
+        return f"{frame.f_globals['__name__'].removeprefix('nbdsnap.')}.{frame.f_code.co_name}"
+
+    def fdatasync(self: FileIO, fd: int) -> None:
+        marks.site(place())
+        sync(self, fd)
+
+    def fsync_directory(self: FileIO, path: Path) -> None:
+        marks.site(f"{place()}: directory")
+        sync_directory(self, path)
 
     FileIO.fdatasync = fdatasync  # type: ignore[method-assign]
+    FileIO.fsync_directory = fsync_directory  # type: ignore[method-assign]
+
+
+class FailingIO(FaultyIO):
+    """Disks that fail at times drawn from a seed: a file's operations of one kind are counted, and some of them
+    fail."""
+
+    def __init__(self, seed: str) -> None:
+        super().__init__()
+        rng = random.Random(seed)
+        self._armed = False
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._failing: dict[tuple[str, str], set[int]] = {}
+        for name in SIZES:  # each failing write of an intent is followed by one more for each try
+            first = rng.randint(5, 60)
+            self._failing["write", f"{name}.img"] = set(range(first, first + rng.randint(2, 8)))
+        self._failing["write", "store.data"] = {rng.randint(2, 20)}
+        self._failing["sync", "intent.log"] = {rng.randint(2, 8), rng.randint(9, 40)}
+        self._failing["sync", f"{rng.choice(sorted(SIZES))}.img"] = {rng.randint(60, 200)}
+
+    def _meet(self, operation: str, fd: int, offset: int = 0, length: int = 1 << 62) -> None:
+        if not self._armed:
+            return
+        what = operation, self._names.get(fd, "")
+        self._counts[what] += 1
+        if self._counts[what] in self._failing.get(what, ()):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def arm(self) -> None:
+        """A volume that can't replay its acknowledged writes at a start is not served: not while the pool is opened."""
+        self._armed = True
+
+    def heal(self) -> None:
+        self._armed = False
+
+    def fdatasync(self, fd: int) -> None:
+        self._meet("sync", fd)
+        FileIO.fdatasync(self, fd)
+
+
+def tell_of_drops(journal: MarkJournal) -> None:
+    """Mark what a full store drops, like a deletion."""
+    mark = Deletions.mark
+
+    def told(self: Deletions, choose: Callable[[], Doomed]) -> Doomed:
+        if getattr(choose, "__name__", "") != "_choose":
+            return mark(self, choose)
+        names: list[str] = []
+
+        def chosen() -> Doomed:
+            doomed = choose()
+            names.extend(f"{state.name}@{one.name}" for state, snapshots in doomed.items() for one in snapshots)
+            journal.record("delete", names=names, dropped=True)
+            return doomed
+
+        doomed = mark(self, chosen)
+        journal.record("deleted", names=names)
+        return doomed
+
+    Deletions.mark = told  # type: ignore[method-assign]
 
 
 def _go_on_bare(pool: Pool, journal: MarkJournal, plan: load.Plan) -> None:
@@ -141,18 +232,30 @@ def main(seed_text: str, count_text: str, run_text: str) -> None:
     adapt_engine(marks)
     name_syncs(marks)
     journal = MarkJournal(marks)
+    tell_of_drops(journal)
+    what = scenario(seed)
+    preserver.RETRY_S = RETRY_S
     for phase in range(2):
         first = (2 * run + phase) * OPERATIONS_PER_RUN
-        pool = open_pool()
-        plan = load.Plan(SIZES, seed, count, first=first, prefix=f"{'ab'[phase]}{run}-")
+        io = FailingIO(f"{seed} {run} {phase}") if what == "faults" else FileIO()
+        options = {"store_limit": STORE_LIMIT, "on_full": "drop-snapshots"} if what == "full" else {}
+        pool = open_pool(io, **options)
+        if isinstance(io, FailingIO):
+            io.arm()
+        plan = load.Plan(SIZES, seed, count, first=first, prefix=f"{'ab'[phase]}{run}-", tolerant=what != "plain")
         load.run(PoolTarget(pool), journal, plan, readers=1)
-        if seed % 3 == 0:
+        if what == "plain":
             _go_on_bare(pool, journal, plan)
         if phase == 1 and (seed + run) % 2:
             os._exit(0)
-        journal.record("close")
+        if isinstance(io, FailingIO):
+            io.heal()  # or a stop that is not clean would pass for one
+        all_well = not any(info.error for info in pool.volume_list()) and pool.status().problem is None
+        if all_well:
+            journal.record("close")
         pool.close()
-        journal.record("closed")
+        if all_well:
+            journal.record("closed")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ class SnapshotEvents:
         for name in names:
             if event == "kept":  # a deletion that was refused
                 del self.delete[name]
+            elif event == "delete":  # by several, perhaps: the first counts
+                self.delete.setdefault(name, time)
             else:
                 getattr(self, event)[name] = time
 

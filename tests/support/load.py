@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from nbdsnap.engine.device import Device, Op, OpKind
-from nbdsnap.errors import InUseError, NotFoundError, ServerError
+from nbdsnap.errors import InUseError, NbdsnapError, NotFoundError, ServerError
 from tests.support.client import DisconnectedError
 from tests.support.deadline import Deadline
 from tests.support.history import content
@@ -83,7 +83,8 @@ class SnapshotTarget(Protocol):
 @dataclass(frozen=True)
 class Plan:
     """``count``: operations of each writer.  ``first``: the number before the first operation's.  ``prefix``: of the
-    snapshots' names.  ``snapshots``: how many are taken at least."""
+    snapshots' names.  ``snapshots``: how many are taken at least.  ``tolerant``: operations may fail, and snapshots may
+    vanish."""
 
     sizes: Mapping[str, int]
     seed: int
@@ -92,6 +93,7 @@ class Plan:
     first: int = 0
     prefix: str = "s"
     snapshots: int = 3
+    tolerant: bool = False
 
 
 def owned(size: int, writer: int, writers: int) -> list[tuple[int, int]]:
@@ -169,6 +171,7 @@ class Writer(Worker):
         self._progress = progress
         self._seed = plan.seed
         self._count = plan.count
+        self._tolerant = plan.tolerant
         self._rng = random.Random(f"{plan.seed} {plan.first} {device.name} {writer}")
         self._ranges = owned(plan.sizes[device.name], writer, plan.writers)
         hot = random.Random(f"{plan.seed} {device.name} {writer}")  # the same in each run
@@ -234,16 +237,23 @@ class Writer(Worker):
             "change", number=number, volume=self._device.name, kind=kind.name, offset=offset, length=length, fua=fua
         )
         done = self._done(number, where)
-        if data is not None and not fua and rng.random() < 0.7 and self._device.write_now(offset, memoryview(data)):
-            done(None)
-            return
+        at_once = data is not None and not fua and rng.random() < 0.7
         no_hole = kind == OpKind.ZERO and rng.random() < 0.3
+        try:
+            if at_once and data is not None and self._device.write_now(offset, memoryview(data)):
+                done(None)
+                return
+        except OSError as error:
+            done(error)
+            return
         self._device.submit(Op(kind, offset, length, done, data, fua=fua, no_hole=no_hole))
 
     def _done(self, number: int, where: tuple[int, int] | None) -> Callable[[BaseException | None], None]:
         def done(failure: BaseException | None) -> None:
             if failure is None:
                 self._journal.record("done", number=number)
+            elif self._tolerant and isinstance(failure, (OSError, NbdsnapError)):
+                self._journal.record("failed", number=number)  # it may have been done, in part
             else:
                 self._gone = failure
             if where is not None:
@@ -288,10 +298,20 @@ class Snapshots(Worker):
         chosen = volumes if self._rng.random() < 0.5 else [self._rng.choice(volumes)]
         names = [f"{volume}@{self._plan.prefix}{number}" for volume in chosen]
         self._journal.record("create", names=names)
-        self._target.snapshot_create(names)
+        try:
+            self._target.snapshot_create(names)
+        except (OSError, NbdsnapError):
+            if not self._plan.tolerant:
+                raise
+            return
         self._journal.record("created", names=names)
         for name in names:
-            device = self._target.open(name)
+            try:
+                device = self._target.open(name)
+            except NotFoundError:
+                if not self._plan.tolerant:
+                    raise
+                continue
             image = bytearray(device.size)
             device.read(memoryview(image), 0)
             self._target.close(device)
@@ -308,7 +328,11 @@ class Snapshots(Worker):
         except InUseError:  # a reader has one of them open: all or none
             self._journal.record("kept", names=names)
             return
-        self._journal.record("deleted", names=names)
+        except NotFoundError:  # some of them vanished meanwhile; which of the others are there does not matter any more
+            if not self._plan.tolerant:
+                raise
+        else:
+            self._journal.record("deleted", names=names)
         for name in names:
             self._live.remove(name)
             del self.images[name]

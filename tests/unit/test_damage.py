@@ -22,6 +22,7 @@ from nbdsnap.engine.pool import Pool
 from nbdsnap.engine.repair import plan_repair, repair
 from nbdsnap.errors import CorruptionError, NbdsnapError
 from nbdsnap.store.fileio import FileIO
+from nbdsnap.store.index import TABLES
 from nbdsnap.store.pages import PageFile
 from nbdsnap.store.salvage import Salvage
 from tests.support.blocks import stamped
@@ -275,6 +276,20 @@ def test_any_page_of_the_index_can_be_lost(damaged: Path, images: Images, table:
             assert read_export(pool, "vol@after") == live
     finally:
         pool.close()
+
+
+def test_a_damaged_page_that_is_not_in_use_is_found_and_mended(damaged: Path, images: Images) -> None:
+    """The start refuses it as any other; so there must be a way out."""
+    index = damaged / "pool" / "index.mdb"
+    used = {number for table in TABLES for number in pages_of(damaged, table)}
+    free = next(number for number in range(2, index.stat().st_size // PAGE) if number not in used)
+    spoil_page(damaged, free)
+    with pytest.raises(CorruptionError):
+        Pool.open(damaged / "pool")
+    assert check(damaged) == ["index"]
+    assert mend(damaged) == ["rebuild"]
+    assert check(damaged) == []
+    assert outcome(damaged, images) == "harmless"
 
 
 def test_a_dry_run_changes_nothing(damaged: Path) -> None:
