@@ -218,3 +218,16 @@ class ReceiveReport(BaseModel):
     digest: str
     done: bool
     token: str | None = None
+
+
+class ApplyReport(BaseModel):
+    """What was written to a raw file or device."""
+
+    target: str
+    volume: str
+    snapshot: str
+    base: str | None
+    extents: int
+    bytes: int
+    stream_bytes: int
+    digest: str
