@@ -13,81 +13,36 @@ the key and what is allowed; nothing on disk is changed here.
 from __future__ import annotations
 
 import os
+import re
 import stat
+import sys
 import tomllib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, ValidationInfo
 
+from nbdsnap.addresses import (
+    DEFAULT_PORT,
+    Address,
+    TcpAddress,
+    Tls,
+    UnixAddress,
+    absolute_path,
+    parse_address,
+    parse_listener,
+    socket_path,
+)
 from nbdsnap.engine.names import check_name
 from nbdsnap.errors import ConfigError, UsageError
 from nbdsnap.sizes import parse_size
 from nbdsnap.store.layout import DEFAULT_LOG_SIZE
 
 DEFAULT_CONFIG = Path("/etc/nbdsnap/nbdsnap.toml")
-DEFAULT_PORT = 10809
-"""NBD's port at IANA."""
-
-MAX_SOCKET_PATH = 107
-"""Bytes of a unix socket's path: ``sun_path`` of 108, less the terminating NUL (unix(7))."""
-
 MAX_CONFIG_BYTES = 16 << 20
 """A configuration of a hundred thousand volumes fits; a disk image given by mistake is refused before it is read."""
-
-
-@dataclass(frozen=True)
-class TcpAddress:
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"tcp://{host}:{self.port}"
-
-
-@dataclass(frozen=True)
-class UnixAddress:
-    path: Path
-
-    def __str__(self) -> str:
-        return f"unix://{self.path}"
-
-
-Address = TcpAddress | UnixAddress
-
-
-def parse_address(text: str, folder: Path) -> Address:
-    """``tcp://HOST[:PORT]`` or ``unix://PATH``; ValueError, with a message for a person, where it is neither."""
-    scheme, separator, rest = text.partition("://")
-    if separator and scheme == "unix":
-        return UnixAddress(_socket_path(rest, folder))
-    if not separator or scheme != "tcp":
-        raise ValueError(f"{text!r} is no address")
-    try:
-        parts = urlsplit(text)
-        host, port = parts.hostname, parts.port
-    except ValueError as error:
-        raise ValueError(f"{text!r} is no address: {error}") from None
-    if not host or parts.path or parts.query or parts.fragment or parts.username is not None:
-        raise ValueError(f"{text!r} is no address")
-    return TcpAddress(host, DEFAULT_PORT if port is None else port)
-
-
-def _absolute(text: str, folder: Path) -> Path:
-    if not text or "\0" in text:
-        raise ValueError(f"{text!r} is no path")
-    return Path(os.path.normpath(folder / text))
-
-
-def _socket_path(text: str, folder: Path) -> Path:
-    path = _absolute(text, folder)
-    if len(os.fsencode(path)) > MAX_SOCKET_PATH:
-        raise ValueError(f"{path} is longer than a socket's path may be, {MAX_SOCKET_PATH} bytes")
-    return path
 
 
 # What the validators below get is what TOML had: a wrong type raises ValueError, pydantic adds the key.
@@ -105,15 +60,19 @@ def _folder(info: ValidationInfo) -> Path:
 
 
 def _path(value: object, info: ValidationInfo) -> Path:
-    return value if isinstance(value, Path) else _absolute(_text(value), _folder(info))
+    return value if isinstance(value, Path) else absolute_path(_text(value), _folder(info))
 
 
 def _control(value: object, info: ValidationInfo) -> Path:
-    return value if isinstance(value, Path) else _socket_path(_text(value), _folder(info))
+    return value if isinstance(value, Path) else socket_path(_text(value), _folder(info))
 
 
 def _address(value: object, info: ValidationInfo) -> Address:
-    return value if isinstance(value, Address) else parse_address(_text(value), _folder(info))
+    if isinstance(value, Address):
+        return value
+    if isinstance(value, dict):
+        return parse_listener(value, _folder(info))
+    return parse_address(_text(value), _folder(info))
 
 
 def _size(value: object) -> int | None:
@@ -125,6 +84,33 @@ def _size(value: object) -> int | None:
     if size == 0:
         raise ValueError("a size is at least 1 byte")
     return size
+
+
+def _network(value: object) -> str:
+    """An entry of a rule's ``address``: a network, or one of the words for what has no network."""
+    text = _text(value)
+    if text in ("unix", "vsock") or re.fullmatch(r"vsock:[0-9]{1,10}", text):
+        return text
+    try:
+        return str(ip_network(text))
+    except ValueError as error:
+        raise ValueError(f"{text!r} is no network: {error}") from None
+
+
+def _account(value: object) -> str | int:
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 32:
+        return value
+    raise ValueError(f"{value!r} is neither a name nor a number")
+
+
+def _pattern(value: object) -> str:
+    """Of export names: VOLUME or VOLUME@NAME, with ``*``, ``?`` and ``[…]``."""
+    text = _text(value)
+    if not re.fullmatch(r"[^@]+(@[^@]+)?", text):
+        raise ValueError(f"{text!r} is no pattern of an export's name")
+    return text
 
 
 def _name(value: object) -> str:
@@ -140,6 +126,13 @@ ListenAddress = Annotated[Address, PlainValidator(_address)]
 Size = Annotated[int | None, BeforeValidator(_size)]
 LogSize = Annotated[int, Field(ge=64 << 10, le=64 << 30), BeforeValidator(_size)]
 Name = Annotated[str, PlainValidator(_name)]
+Network = Annotated[str, PlainValidator(_network)]
+Account = Annotated[str | int, PlainValidator(_account)]
+Pattern = Annotated[str, PlainValidator(_pattern)]
+Seconds = Annotated[float, Field(ge=0, le=1e7, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=1 << 20)]
+OptionBytes = Annotated[int, Field(ge=4 << 10, le=64 << 20), BeforeValidator(_size)]
+FlightBytes = Annotated[int, Field(ge=1 << 20, le=1 << 40), BeforeValidator(_size)]
 
 Percent = Annotated[int, Field(ge=1, le=100)]
 
@@ -160,6 +153,10 @@ class ServerConfig(_Section):
         default=Path("/run/nbdsnap/control.sock"),
         description="the path of the management API's unix socket, at most 107 bytes",
     )
+    insecure: bool = Field(
+        default=False,
+        description="true or false: whether to listen beyond this machine without TLS and without an [[allow]] rule",
+    )
 
 
 class PoolConfig(_Section):
@@ -179,6 +176,80 @@ class VolumeConfig(_Section):
     size: Size = Field(default=None, description=SIZE_ALLOWED)
 
 
+class TlsConfig(_Section):
+    """``verify`` is None where the file leaves it to ``ca``: see :attr:`verify_clients`."""
+
+    mode: Tls = Field(default="required", description="'off', 'optional' or 'required'")
+    certificate: ConfigPath | None = Field(
+        default=None,
+        description="the path of the server's certificate, PEM, with those between it and the CA's behind it",
+    )
+    key: ConfigPath | None = Field(default=None, description="the path of its private key, PEM, without a passphrase")
+    ca: ConfigPath | None = Field(
+        default=None, description="the path of the certificates, PEM, that clients' certificates must descend from"
+    )
+    verify: Tls | None = Field(default=None, description="'off', 'optional' or 'required'")
+    psk: ConfigPath | None = Field(
+        default=None, description="the path of a file of lines NAME:KEY, the key in hexadecimal"
+    )
+    minimum_version: Literal["1.2", "1.3"] = Field(default="1.2", description="'1.2' or '1.3'")
+
+    @property
+    def verify_clients(self) -> Tls:
+        """Whether a client has to show a certificate that ``ca`` has signed."""
+        return self.verify or ("required" if self.ca is not None else "off")
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What there is to read."""
+        return tuple(path for path in (self.certificate, self.key, self.ca, self.psk) if path is not None)
+
+
+class AllowConfig(_Section):
+    """A client that meets every condition given may open these exports.  An empty tuple: no condition."""
+
+    exports: list[Pattern] = Field(
+        default=["*", "*@*"], min_length=1, description="a list of patterns such as ['vol', 'vol@*']"
+    )
+    mode: Literal["ro", "rw"] = Field(default="ro", description="'ro' or 'rw'")
+    address: list[Network] | None = Field(
+        default=None,
+        min_length=1,
+        description="a list of networks such as '10.0.0.0/8', 'fd00::/8', and of 'unix', 'vsock' and 'vsock:CID'",
+    )
+    uid: list[Account] | None = Field(default=None, min_length=1, description="a list of user names or numbers")
+    gid: list[Account] | None = Field(default=None, min_length=1, description="a list of group names or numbers")
+    certificate: list[str] | None = Field(
+        default=None, min_length=1, description="a list of names in clients' certificates, or patterns of such names"
+    )
+    psk: list[str] | None = Field(
+        default=None, min_length=1, description="a list of names of keys, or patterns of them"
+    )
+
+
+class LimitsConfig(_Section):
+    """0 seconds: no limit."""
+
+    connections: Count = Field(default=1000, description="a number from 1")
+    connections_per_client: Count = Field(default=500, description="a number from 1")
+    handshake_s: Seconds = Field(default=10, gt=0, description="a number of seconds above 0")
+    option_bytes: OptionBytes = Field(default=256 << 10, description=f"{SIZE_ALLOWED}, from 4KiB to 64MiB")
+    in_flight_bytes: FlightBytes = Field(default=32 << 20, description=f"{SIZE_ALLOWED}, from 1MiB")
+    in_flight_bytes_total: FlightBytes = Field(default=1 << 30, description=f"{SIZE_ALLOWED}, from 1MiB")
+    in_flight_requests: Count = Field(default=4096, description="a number from 1")
+    idle_s: Seconds = Field(default=0, description="a number of seconds; 0: without limit")
+    stalled_s: Seconds = Field(default=600, description="a number of seconds; 0: without limit")
+    linger_s: Seconds = Field(default=30, gt=0, description="a number of seconds above 0")
+    shutdown_s: Seconds = Field(default=10, description="a number of seconds")
+    keepalive_s: Annotated[int, Field(ge=0, le=32767)] = Field(
+        default=60, description="a number of seconds to 32767; 0: off"
+    )
+    keepalive_interval_s: Annotated[int, Field(ge=1, le=32767)] = Field(
+        default=15, description="a number of seconds from 1 to 32767"
+    )
+    keepalive_probes: Annotated[int, Field(ge=1, le=127)] = Field(default=4, description="a number from 1 to 127")
+
+
 class Config(_Section):
     """The whole file.  ``file`` is where it was read from."""
 
@@ -186,6 +257,9 @@ class Config(_Section):
     server: ServerConfig = Field(default=ServerConfig(), description="a table: [server]")
     pool: PoolConfig = Field(default=PoolConfig(), description="a table: [pool]")
     volumes: list[VolumeConfig] = Field(default=[], alias="volume", description="an array of tables: [[volume]]")
+    tls: TlsConfig = Field(default=TlsConfig(mode="off"), description="a table: [tls]")
+    limits: LimitsConfig = Field(default=LimitsConfig(), description="a table: [limits]")
+    allow: list[AllowConfig] = Field(default=[], description="an array of tables: [[allow]]")
 
 
 def load_config(path: Path) -> Config:
@@ -199,6 +273,7 @@ def load_config(path: Path) -> Config:
     except ValidationError as error:
         raise ConfigError(f"{file}: {_explain(error, document)}") from None
     _check_sockets(config)
+    _check_tls(config)
     _check_volumes(config)
     return config
 
@@ -243,19 +318,29 @@ def _explain(error: ValidationError, document: dict[str, Any]) -> str:
 
 def _locate(location: tuple[int | str, ...], document: dict[str, Any]) -> str:
     """As the file shows it: ``[server] listen[0]``, ``[[volume]] 2 (vol): size``, its tables counted from 1."""
-    if location[0] != "volume" or len(location) == 1:
+    if location[0] not in _ARRAYS or len(location) == 1:
         section, *rest = location
         if not rest:
-            return f"[{section}]" if section in ("server", "pool") else str(section)
+            return f"[{section}]" if section in _MODELS and section not in _ARRAYS else str(section)
         return f"[{section}] {rest[0]}" + "".join(f"[{index}]" for index in rest[1:])
     index = int(location[1])
-    volume = document["volume"][index]
-    name = volume.get("name") if isinstance(volume, dict) else None
-    where = f"[[volume]] {index + 1}" + (f" ({name})" if isinstance(name, str) else "")
-    return where + "".join(f": {key}" for key in location[2:])
+    table = document[str(location[0])][index]
+    name = table.get("name") if isinstance(table, dict) else None
+    where = f"[[{location[0]}]] {index + 1}" + (f" ({name})" if isinstance(name, str) else "")
+    if len(location) > 2:
+        where += f": {location[2]}" + "".join(f"[{index}]" for index in location[3:])
+    return where
 
 
-_MODELS: dict[str, type[BaseModel]] = {"server": ServerConfig, "pool": PoolConfig, "volume": VolumeConfig}
+_ARRAYS = ("allow", "volume")
+_MODELS: dict[str, type[BaseModel]] = {
+    "server": ServerConfig,
+    "pool": PoolConfig,
+    "tls": TlsConfig,
+    "limits": LimitsConfig,
+    "allow": AllowConfig,
+    "volume": VolumeConfig,
+}
 
 
 def _model_at(location: tuple[int | str, ...]) -> type[BaseModel]:
@@ -276,15 +361,35 @@ def _allowed(location: tuple[int | str, ...]) -> str:
 
 
 def _check_sockets(config: Config) -> None:
-    seen: set[Address] = set()
+    seen: set[str] = set()
     for index, address in enumerate(config.server.listen):
         where = f"{config.file}: [server] listen[{index}]"
-        if address in seen:
+        if str(address) in seen:
             raise ConfigError(f"{where}: {address} stands twice; allowed: distinct addresses")
         if isinstance(address, UnixAddress) and address.path == config.server.control:
             raise ConfigError(f"{where}: {address} is the control socket too; allowed: a path of its own")
         if not (isinstance(address, TcpAddress) and address.port == 0):  # 0 is a new port each time
-            seen.add(address)
+            seen.add(str(address))
+
+
+def _check_tls(config: Config) -> None:
+    tls = config.tls
+    where = f"{config.file}: [tls]"
+    listeners = [address.tls or tls.mode for address in config.server.listen]
+    if tls.mode == "off" and all(mode == "off" for mode in listeners):
+        return
+    if tls.psk is not None and sys.version_info < (3, 13):
+        version = ".".join(map(str, sys.version_info[:3]))
+        raise ConfigError(f"{where} psk: pre-shared keys need Python 3.13 or later, and this is {version}")
+    if tls.certificate is None and tls.psk is None:
+        raise ConfigError(
+            f"{where} certificate: missing; TLS needs it, and its key",
+            hint="`nbdsnap tls make-ca` makes some to try TLS with",
+        )
+    if (tls.certificate is None) != (tls.key is None):
+        raise ConfigError(f"{where} key: a certificate and its key go together")
+    if tls.verify_clients != "off" and tls.ca is None:
+        raise ConfigError(f"{where} ca: missing; clients' certificates are verified with it")
 
 
 def _check_volumes(config: Config) -> None:

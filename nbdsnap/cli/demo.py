@@ -12,7 +12,8 @@ from textwrap import dedent
 
 import click
 
-from nbdsnap.config import DEFAULT_PORT, load_config
+from nbdsnap.addresses import DEFAULT_PORT
+from nbdsnap.config import load_config
 from nbdsnap.errors import OriginError
 
 DEMO_SIZE = 256 << 20

@@ -45,6 +45,7 @@ COMMANDS = {
     "delta": "nbdsnap.cli.delta:delta",
     "status": "nbdsnap.cli.status:status",
     "check": "nbdsnap.cli.check:check",
+    "tls": "nbdsnap.cli.tls:tls",
     "demo": "nbdsnap.cli.demo:demo",
     "completion": "nbdsnap.cli.completion:completion",
 }

@@ -3,6 +3,8 @@
 Start: pool (under its lock), sockets bound, configured volumes, control API, then the ``ready`` line: whoever has read
 it can connect.  What fails before that is one error, with nothing left behind.
 
+On SIGHUP: certificates, rules of access and limits are read anew; what does not hold together changes nothing.
+
 End, on SIGTERM or SIGINT: accept nobody; answer options and new requests with SHUTDOWN errors; let what is in flight
 finish, for at most ``Limits.shutdown_s`` (a second signal: no longer); close connections, devices and sockets; close
 the pool, which makes everything durable.
@@ -15,28 +17,32 @@ import gc
 import logging
 import resource
 import signal
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 import uvloop
 
-from nbdsnap.config import Config
+from nbdsnap.config import Config, load_config
 from nbdsnap.engine.plan import check_volumes
 from nbdsnap.engine.pool import Pool, PoolOptions
-from nbdsnap.errors import NotFoundError
-from nbdsnap.server.connection import Connection
+from nbdsnap.errors import NbdsnapError, NotFoundError
 from nbdsnap.server.context import Context, Limits
 from nbdsnap.server.control import ControlServer, build_app
-from nbdsnap.server.exports import ExportPool, PoolExports
-from nbdsnap.server.listeners import Listener, open_listeners
+from nbdsnap.server.listeners import Listener, adopt_listeners, check_exposure, open_listeners
+from nbdsnap.server.nbdserver import NbdServer
+from nbdsnap.server.security import Security
+from nbdsnap.server.systemd import inherited_sockets, notify, notify_reloading
 
 log = logging.getLogger(__name__)
 
 GC_THRESHOLD = 50_000
 """Allocations between two looks for cyclic garbage: the data path makes none, and a batch allocates hundreds of
 tuples."""
+
+RESERVED_FDS = 64
+"""File descriptors kept from clients, beyond those open at the start: for volumes and files to come."""
 
 SWITCH_INTERVAL_S = 10e-6
 """How long another thread may compute while the loop's waits for the interpreter's lock, which each system call of a
@@ -45,103 +51,99 @@ the time, 4 KiB reads at depth 64, without that slack (real-time priority; 90,00
 with the default of 5 ms, 6,600 with 0.5 ms, 17,000 with 0.1 ms, 78,000 with this."""
 
 
-class NbdServer:
-    """The clients of one set of exports, and the listeners that bring them.  For the loop's thread."""
-
-    def __init__(self, context: Context, pool: ExportPool) -> None:
-        self._context = context
-        self._exports = PoolExports(pool)
-        self._connections: set[Connection] = set()
-        self._listeners: Sequence[Listener] = ()
-        self._idle = asyncio.Event()
-        self._hurry = asyncio.Event()
-        self._stopping = False
-
-    def start(self, listeners: Sequence[Listener]) -> None:
-        self._listeners = listeners
-        for listener in listeners:
-            listener.start(self._context.loop, self.add_client)
-
-    def add_client(self, sock: socket.socket, label: str) -> None:
-        """Serve a connected socket, which is the server's from now on."""
-        if self._stopping or len(self._connections) >= self._context.limits.connections:
-            log.warning("%s: refused, there are %d connections", label, len(self._connections))
-            sock.close()
-            return
-        connection = Connection(self._context, self._exports, sock, label, self._ended)
-        self._connections.add(connection)
-        if connection.ended:  # it was gone before it was served
-            self._ended(connection)
-
-    @property
-    def connections(self) -> int:
-        return len(self._connections)
-
-    def _ended(self, connection: Connection) -> None:
-        self._connections.discard(connection)
-        self._look_if_idle()
-
-    def _look_if_idle(self) -> None:
-        """Idle: nobody is in transmission.  Who still negotiates has nothing in flight."""
-        if all(connection.negotiating for connection in self._connections):
-            self._idle.set()
-
-    def hurry(self) -> None:
-        """Wait no longer for what is in flight."""
-        self._hurry.set()
-
-    async def stop(self) -> None:
-        """The ordered end.  Afterwards no connection and no socket of ours is left."""
-        self._stopping = True
-        for listener in self._listeners:
-            listener.close()
-        for connection in list(self._connections):
-            connection.shut_down()
-        self._look_if_idle()
-        await self._wait_until_idle(self._context.limits.shutdown_s)
-        if self._connections:
-            log.warning("%d connections are closed with requests in flight", len(self._connections))
-        for connection in list(self._connections):
-            connection.close()
-
-    async def _wait_until_idle(self, timeout_s: float) -> None:
-        idle = asyncio.create_task(self._idle.wait())
-        hurry = asyncio.create_task(self._hurry.wait())
-        await asyncio.wait((idle, hurry), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        idle.cancel()
-        hurry.cancel()
-
-
 async def serve(
     pool: Pool,
     listeners: Sequence[Listener],
     control: ControlServer,
     ready: Callable[[str], None],
-    limits: Limits | None = None,
+    config: Config | None = None,
+    security: Security | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT, on what is bound.  ``ready`` gets the line that says where."""
+    """Serve until SIGTERM or SIGINT, on what is bound.  ``ready`` gets the line that says where.
+
+    ``config`` is what the server was started with: SIGHUP reads its file again.
+    """
     loop = asyncio.get_running_loop()
-    context = Context(loop, limits or Limits())
-    server = NbdServer(context, pool)
+    security = security or Security()
+    context = Context(loop, limits_of(config))
+    server = NbdServer(context, pool, security)
     asked_to_stop = asyncio.Event()
+    reloads: set[asyncio.Task[None]] = set()
 
     def on_signal() -> None:
         if asked_to_stop.is_set():
             server.hurry()
         asked_to_stop.set()
 
+    def on_reload() -> None:
+        if config is not None and not reloads:
+            task = asyncio.create_task(reload(config, security, server, context, listeners))
+            reloads.add(task)
+            task.add_done_callback(reloads.discard)
+
     try:
         await control.start(build_app(pool))
         server.start(listeners)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, on_signal)
+        loop.add_signal_handler(signal.SIGHUP, on_reload)
         ready(f"ready {' '.join(listener.uri for listener in listeners)} control={control.path}")
+        notify("READY=1")
         await asked_to_stop.wait()
         log.info("asked to stop")
+        notify("STOPPING=1")
     finally:
         await server.stop()
         await control.stop()
         await asyncio.to_thread(context.close)
+
+
+def limits_of(config: Config | None) -> Limits:
+    """The configuration's limits; those of connections are no more than there are file descriptors for."""
+    if config is None:
+        return Limits()
+    values = config.limits.model_dump()
+    values["held_bytes"] = values.pop("in_flight_bytes")
+    values["held_bytes_total"] = values.pop("in_flight_bytes_total")
+    values["pending"] = values.pop("in_flight_requests")
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = max(1, soft - len(list(Path("/proc/self/fd").iterdir())) - RESERVED_FDS)
+    if values["connections"] > most:
+        log.warning("at most %d connections: there are no more file descriptors (ulimit -n)", most)
+        values["connections"] = most
+    return Limits(**values)
+
+
+async def reload(
+    config: Config, security: Security, server: NbdServer, context: Context, listeners: Sequence[Listener]
+) -> None:
+    """Read the configuration again: certificates, rules and limits.  What can't be used changes nothing."""
+    notify_reloading()
+    try:
+        new = await asyncio.to_thread(load_config, config.file)
+        check_exposure(listeners, guarded=is_guarded(new))
+        await asyncio.to_thread(security.reload, new)
+    except NbdsnapError as error:
+        log.error("the configuration was not reloaded: %s", error)
+    except Exception:
+        log.exception("the configuration was not reloaded")
+    else:
+        context.limits = limits_of(new)
+        server.reloaded()
+        log.warning("certificates, rules and limits are those of %s now", config.file)
+        if (new.server, new.pool, new.volumes, new.tls.mode) != (
+            config.server,
+            config.pool,
+            config.volumes,
+            config.tls.mode,
+        ):
+            log.warning("what else has changed there needs a restart: [server], [pool], [[volume]], [tls] mode")
+    notify("READY=1")
+
+
+def is_guarded(config: Config) -> bool:
+    """Whether clients from everywhere may come: there are rules for them, or it is meant so."""
+    return config.server.insecure or bool(config.allow)
 
 
 def run(config: Config, accepted: Sequence[str] = ()) -> int:
@@ -155,7 +157,8 @@ def run(config: Config, accepted: Sequence[str] = ()) -> int:
         pool = _open_existing(config)
         if pool is not None:
             opened.callback(pool.close)
-        listeners = open_listeners(config.server.listen)
+        security = Security.of(config)
+        listeners = _open_listeners(config)
         for listener in listeners:
             opened.callback(listener.close)
         control = ControlServer(config.server.control)
@@ -172,8 +175,16 @@ def run(config: Config, accepted: Sequence[str] = ()) -> int:
         for info in pool.volume_list():
             if info.error is not None:
                 log.error("volume %s can't be served: %s", info.name, info.error)
-        uvloop.run(serve(pool, listeners, control, _print_line))
+        uvloop.run(serve(pool, listeners, control, _print_line, config, security))
     return 0
+
+
+def _open_listeners(config: Config) -> list[Listener]:
+    """Those that systemd passed, or else the configuration's."""
+    sockets = inherited_sockets()
+    if sockets:
+        return adopt_listeners(sockets, config.tls.mode, guarded=is_guarded(config))
+    return open_listeners(config.server.listen, config.tls.mode, guarded=is_guarded(config))
 
 
 def _open_existing(config: Config) -> Pool | None:

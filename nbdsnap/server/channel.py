@@ -1,8 +1,7 @@
 """A non-blocking stream socket: what arrives goes into the caller's buffer; what the peer does not take yet is queued.
 
 Everything happens on the loop's thread.  The socket is used directly (``recv_into``, ``send``, ``sendmsg``), with no
-stream or protocol object in between.  Anything with these methods and the same would-block errors will do: an SSLSocket
-has all but ``sendmsg`` (see ``gathers``).
+stream or protocol object in between.  Under TLS it is a :class:`~nbdsnap.server.tlschannel.TlsChannel`.
 
 Invariants:
 
@@ -16,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import ssl
 from collections import deque
 from collections.abc import Callable
 from itertools import islice
@@ -24,7 +22,7 @@ from itertools import islice
 from nbdsnap.server.buffers import BufferPool
 from nbdsnap.server.busypoll import READABLE, WRITABLE, BusyPoll
 
-BLOCKED = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+BLOCKED = (BlockingIOError, InterruptedError)
 
 UNIX_SEND_BUFFER = 512 << 10
 """Bytes asked for of a unix socket's send buffer (the kernel's default is 208 KiB, its most 4 MiB; TCP's grows by
@@ -38,7 +36,8 @@ Piece = tuple[memoryview | bytes, memoryview | None]
 
 
 class Channel:
-    """``queued``: bytes waiting for the peer.  ``closed``: it is of no more use."""
+    """``queued``: bytes waiting for the peer; ``taken``: those that it has taken after a wait.  ``closed``: it is of no
+    more use."""
 
     def __init__(
         self,
@@ -54,9 +53,9 @@ class Channel:
         if sock.family == socket.AF_UNIX:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNIX_SEND_BUFFER)
         self.queued = 0
+        self.taken = 0
         self.closed = False
         self.reading = False
-        self.gathers = not isinstance(sock, ssl.SSLSocket)
         self._sock = sock
         self._fd = sock.fileno()
         self._loop = loop
@@ -170,12 +169,13 @@ class Channel:
             self._on_drained()
 
     def _send_queued(self) -> int:
-        if self.gathers and len(self._queue) > 1:
+        if len(self._queue) > 1:
             return self._sock.sendmsg([data for data, _ in islice(self._queue, GATHERED)])
         return self._sock.send(self._queue[0][0])
 
     def _take_off(self, sent: int) -> None:
         self.queued -= sent
+        self.taken += sent
         queue = self._queue
         while sent:
             data, buffer = queue.popleft()
@@ -197,8 +197,11 @@ class Channel:
 
     def close(self) -> None:
         """Close the socket; what is queued is lost.  Idempotent."""
-        if self.closed:
-            return
+        if not self.closed:
+            self.detach().close()
+
+    def detach(self) -> socket.socket:
+        """Give the socket away, open; the channel is closed."""
         self.set_reading(False)
         self._set_writing(False)
         self.closed = True
@@ -206,4 +209,4 @@ class Channel:
             self._give(buffer)
         self._queue.clear()
         self.queued = 0
-        self._sock.close()
+        return self._sock

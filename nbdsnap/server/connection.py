@@ -3,8 +3,14 @@
 ::
 
     accepted ──> handshake ──GO──> transmission ──DISC, EOF, lost stream──> finishing ──> closed
-                     │ timeout, ABORT, protocol error                           ▲             ▲
-                     └──────────────────────────────────────────────────────────┴── error ────┘
+                   │   ▲ │ timeout, ABORT, protocol error                       ▲             ▲
+           STARTTLS│   │ └──────────────────────────────────────────────────────┴── error ────┘
+                   ▼   │established
+                 securing
+
+Securing: the socket moves to a :class:`TlsChannel`, and what was negotiated is forgotten.  What a client (or somebody
+on the way) has sent in the clear behind STARTTLS is never parsed: what was received with it ends the connection, and
+what comes later goes to TLS, to which it is garbage (CVE-2021-3716).
 
 Invariants:
 
@@ -18,50 +24,64 @@ import asyncio
 import contextlib
 import logging
 import socket
+import ssl
 from collections.abc import Callable
 
 from nbdsnap.engine.device import Device
 from nbdsnap.errors import ProtocolError
-from nbdsnap.nbd.negotiation import Negotiation, State
+from nbdsnap.nbd.negotiation import Negotiation, NegotiationLimits, State, TlsMode
+from nbdsnap.server.access import ClientExports
 from nbdsnap.server.channel import Channel
-from nbdsnap.server.context import Context
+from nbdsnap.server.context import Context, Limits
 from nbdsnap.server.datapath import DataPath
 from nbdsnap.server.exports import PoolExports
+from nbdsnap.server.peer import Peer
+from nbdsnap.server.security import Security
+from nbdsnap.server.tls import Handshake, certificate_names, psk_name
+from nbdsnap.server.tlschannel import TlsChannel
+from nbdsnap.server.watch import Watch
 
 log = logging.getLogger(__name__)
 
 HANDSHAKE_RECEIVE = 64 << 10
 """Bytes received at a time in the handshake."""
 
-KEEPALIVE_IDLE_S = 60
-KEEPALIVE_INTERVAL_S = 15
-KEEPALIVE_PROBES = 4
-"""A TCP client whose machine has vanished is noticed after two minutes, and its export is free again."""
-
 
 class Connection:
-    """``label`` names the client in the log.  ``ended``: ``on_end`` has been called, or is being."""
+    """``label`` names the client in the log.  ``ended``: ``on_end`` has been called, or is being.
+
+    ``peer``: who it is, as far as is known.  ``tls``: whether it may, must or can't have TLS.
+    """
 
     def __init__(
         self,
         context: Context,
         exports: PoolExports,
         sock: socket.socket,
-        label: str,
+        peer: Peer,
         on_end: Callable[[Connection], None],
+        security: Security,
+        tls: TlsMode = TlsMode.OFF,
     ) -> None:
-        self.label = label
+        self.label = peer.label
+        self.peer = peer
         self._context = context
+        self._security = security
+        self._exports = ClientExports(exports, lambda: security.access, peer)
         self._on_end = on_end
+        self._identity: str | None = None
         self.ended = False
         self._device: Device | None = None
         self._path: DataPath | None = None
-        self._negotiation: Negotiation[Device] = Negotiation(exports)
-        _set_options(sock)
+        self._negotiation: Negotiation[Device] = Negotiation(
+            self._exports, tls=tls, limits=NegotiationLimits(option_length=context.limits.option_bytes)
+        )
+        _set_options(sock, context.limits)
         self._channel = Channel(
             sock, context.loop, context.poll, context.buffers, self._readable, self.go_on, self._failed
         )
-        self._receive = self._handshake
+        self._receive: Callable[[], None] = self._handshake
+        self._watch = Watch(context.limits)
         self._timer: asyncio.TimerHandle | None = context.loop.call_later(
             context.limits.handshake_s, self.lost, "the handshake took too long"
         )
@@ -121,6 +141,8 @@ class Connection:
             self._channel.set_reading(False)
             if not self._channel.queued:
                 self.lost(negotiation.close_reason or "the handshake ended")
+        elif negotiation.state is State.STARTTLS and not self._channel.queued:
+            self._start_tls()
         elif negotiation.state is State.TRANSMISSION and not self._channel.queued:
             self._start_transmission()
         else:
@@ -134,8 +156,86 @@ class Connection:
         self.label = f"{self.label} on {session.export.name}"
         log.debug("%s: transmission", self.label)
         self._path = DataPath(self._context, self, self._channel, session)
-        self._receive = self._path.receive
+        self._receive = self._receive_and_note if self._context.limits.idle_s else self._path.receive
         self._path.start(self._negotiation.leftover())
+
+    def _receive_and_note(self) -> None:
+        assert self._path is not None
+        self._watch.active(self._context.loop.time())
+        self._path.receive()
+
+    # TLS
+
+    def _start_tls(self) -> None:
+        """The answer to STARTTLS has left.  Whether the certificates have changed is a worker's to find out."""
+        keeper = self._security.tls
+        if keeper is None:  # a reload has brought a mode without its certificates: it was refused, and logged
+            self.lost("TLS is not configured")
+            return
+        self._channel.set_reading(False)
+        post = self._context.completions.post
+        self._context.workers.submit(lambda: post(self._secure, _attempt(keeper.current)))
+
+    def _secure(self, context: ssl.SSLContext | Exception) -> None:
+        if self._channel.closed:
+            return
+        if isinstance(context, Exception):
+            log.error("%s: no TLS context: %s", self.label, context)
+            self.lost("TLS can't be had")
+            return
+        channel = TlsChannel(
+            self._channel.detach(),
+            self._context.loop,
+            self._context.poll,
+            self._context.buffers,
+            self._readable,
+            self.go_on,
+            self._failed,
+        )
+        channel.secure(context, self._context.records)
+        self._channel = channel
+        self._receive = self._tls_handshake
+        channel.set_reading(True)
+
+    def _tls_handshake(self) -> None:
+        channel = self._channel
+        assert isinstance(channel, TlsChannel)
+        Handshake.identity = None
+        try:
+            established = channel.handshake()
+        except ssl.SSLError as error:
+            self.lost(f"the TLS handshake failed: {error.reason or error}")
+            return
+        if Handshake.identity is not None:
+            self._identity = Handshake.identity
+        if established and not channel.closed:
+            self.peer.certificates = certificate_names(channel.tls)
+            self.peer.psk = psk_name(channel.tls, self._identity)
+            if self.peer.psk or self.peer.certificates:
+                self.label += f" ({self.peer.psk or min(self.peer.certificates)})"
+            log.debug("%s: %s", self.label, channel.tls.version())
+            self._negotiation.tls_established()
+            self._receive = self._handshake
+            self._pump()
+
+    # Looked at now and again
+
+    def look(self, now: float) -> None:
+        """End a client that has had its time: an idle one, and one that has stopped in the middle of something."""
+        if self._path is None or self._path.finishing or self._channel.closed:
+            return
+        reason = self._watch.look(now, self._path)
+        if reason:
+            self.lost(reason)
+
+    def enforce(self) -> None:
+        """The rules have changed: end it where they no longer give what it has."""
+        session = self._negotiation.session
+        if session is None or self._channel.closed:
+            return
+        mode = self._security.access.rules_for(self.peer).mode(session.export.name)
+        if mode is None or (mode == "ro" and not session.export.read_only):
+            self.lost("the rules of access no longer allow it")
 
     # The end
 
@@ -196,12 +296,20 @@ class Connection:
             self._timer = None
 
 
-def _set_options(sock: socket.socket) -> None:
+def _attempt(read: Callable[[], ssl.SSLContext]) -> ssl.SSLContext | Exception:
+    try:
+        return read()
+    except Exception as error:
+        return error
+
+
+def _set_options(sock: socket.socket, limits: Limits) -> None:
     if sock.family not in (socket.AF_INET, socket.AF_INET6):
         return
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+        if limits.keepalive_s:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, limits.keepalive_s)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, limits.keepalive_interval_s)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, limits.keepalive_probes)

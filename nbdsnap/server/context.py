@@ -14,6 +14,9 @@ INBOUND = 256 << 10
 """Bytes of the buffer that requests are received into: a batch of 60 writes of 4 KiB, and half the processor's L2
 cache."""
 
+RECORDS = 256 << 10
+"""Bytes of TLS records taken from a socket at a time."""
+
 OUTBOUND = 512 << 10
 """Bytes of replies gathered into one send: two reads of the longest that are done inline, or a hundred of 4 KiB."""
 
@@ -35,6 +38,12 @@ class Limits:
     connections: int = 1000
     """In all; each is a file descriptor and, with its buffers in the kernel, up to 2 MiB."""
 
+    connections_per_client: int = 500
+    """Of one address (see :class:`~nbdsnap.server.peer.Peer`): none can have them all."""
+
+    option_bytes: int = 256 << 10
+    """Of one option of the handshake, kept in memory until it is whole."""
+
     handshake_s: float = 10.0
     """From accept to transmission (CVE-2024-7409): a handshake is a few round trips."""
 
@@ -48,26 +57,55 @@ class Limits:
     """Of one connection: payloads in work, buffers being read into, and replies queued; past it, nothing more is read
     from it.  One request alone may exceed it: 64 MiB of a WRITE, READ_WHOLE of a READ."""
 
+    held_bytes_total: int = 1 << 30
+    """Of all connections together: each one's share is ``held_bytes``, or less where there are many."""
+
+    idle_s: float = 0.0
+    """Without a request, and nothing in flight; 0: as long as it likes."""
+
+    stalled_s: float = 600.0
+    """For a client that takes none of the replies that wait for it, or sends nothing of what it has begun to send;
+    0: as long as it likes."""
+
+    keepalive_s: int = 60
+    keepalive_interval_s: int = 15
+    keepalive_probes: int = 4
+    """A TCP client whose machine has vanished is noticed after two minutes, and its export is free again."""
+
     pending: int = 4096
     """Requests of one connection in work at other threads.  The greediest client known has 1,024 in flight."""
+
+
+LEAST_SHARE = 1 << 20
+"""Bytes in flight that every connection may have, however many there are: less makes them crawl."""
 
 
 class Context:
     """The loop's own: everything here is for its thread, but for what says otherwise.
 
-    ``inbound`` and ``outbound`` are scratch space of whoever is running: what has to outlive a callback is copied out
-    of them.  So a thousand idle connections hold no buffers, and a busy server stays within the processor's cache.
+    ``inbound``, ``records`` and ``outbound`` are scratch space of whoever is running: what has to outlive a callback is
+    copied out of them.  So a thousand idle connections hold no buffers, and a busy server stays within the processor's
+    cache.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, limits: Limits) -> None:
         self.loop = loop
         self.limits = limits
+        self.held_bytes = limits.held_bytes
+        """What one connection may hold now."""
         self.completions = Completions(loop)
         self.poll = BusyPoll(loop, self.completions)
         self.buffers = BufferPool()
         self.workers = Workers()
         self.inbound = new_buffer(INBOUND)
+        self.records = new_buffer(RECORDS)
         self.outbound = new_buffer(OUTBOUND + OUTBOUND_SLACK)
+
+    def share(self, connections: int) -> None:
+        """So many share the bytes in flight."""
+        limits = self.limits
+        share = max(LEAST_SHARE, limits.held_bytes_total // max(1, connections))
+        self.held_bytes = min(limits.held_bytes, share)
 
     def close(self) -> None:
         """After the last connection.  Waits for jobs under way."""

@@ -402,7 +402,7 @@ class DataPath:
     def _is_full(self) -> bool:
         limits = self._limits
         return (
-            self.held + self.channel.queued > limits.held_bytes
+            self.held + self.channel.queued > self.context.held_bytes
             or self.pending > limits.pending
             or self.stream is not None
             or self.channel.closed
@@ -454,11 +454,19 @@ class DataPath:
             self._resume()
         self._go_on()
 
+    def owed(self) -> object:
+        """What is the client's to do, in a form that changes when it does some of it; None: nothing."""
+        if self.channel.queued:
+            return self.channel.taken, self.channel.queued
+        if self._body is not None:
+            return self._body.request, self._body.filled
+        return len(self._tail) or None if self.channel.reading else None
+
     def _has_room(self) -> bool:
         """Half the limits, so that not every reply stops and starts the reading."""
         limits = self._limits
         return (
-            2 * (self.held + self.channel.queued) <= limits.held_bytes
+            2 * (self.held + self.channel.queued) <= self.context.held_bytes
             and 2 * self.pending <= limits.pending
             and self.stream is None
         )

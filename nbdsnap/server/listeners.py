@@ -1,24 +1,33 @@
-"""Sockets that accept clients: TCP and unix.
+"""Sockets that accept clients: TCP, unix and vsock; those of the configuration, or those that systemd passed.
 
 An address that can't be had is one clear error, before anything is served; sockets opened until then are closed again.
-A unix socket's file appears with its mode and disappears at the end; see :mod:`nbdsnap.server.unixsocket` for what
-happens to a file that is there already.
+A unix socket's file appears with its mode and owner and disappears at the end; see :mod:`nbdsnap.server.unixsocket` for
+what happens to a file that is there already.
+
+Whoever reaches a listener beyond this machine could read and write everything, were it not for TLS or a rule: such a
+listener is refused (:func:`check_exposure`) unless the configuration says that it is meant.
+
+Whatever goes wrong with one client, or with accepting it, costs that client: where ``accept`` fails, for want of file
+descriptors or for anything else, the listener rests for RETRY_S and tries again.  It neither spins nor ends.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
+import grp
 import logging
+import os
+import pwd
 import socket
-import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import quote
 
-from nbdsnap.config import Address, TcpAddress, UnixAddress
-from nbdsnap.errors import InUseError, ServerError
+from nbdsnap.addresses import VSOCK_ANY, Address, TcpAddress, Tls, UnixAddress, VsockAddress
+from nbdsnap.errors import ConfigError, InUseError, ServerError
+from nbdsnap.server.throttle import Throttle
 from nbdsnap.server.unixsocket import bind_unix_socket, socket_inode, unlink_unix_socket
 
 log = logging.getLogger(__name__)
@@ -29,25 +38,35 @@ BACKLOG = 1024
 ACCEPTS = 64
 """Clients accepted before others have their turn."""
 
-UNIX_MODE = 0o660
-"""Of a unix socket: its owner and group may connect."""
-
 RETRY_S = 0.1
-"""After an accept for which there was no file descriptor left: the client waits in the backlog."""
+"""After an accept that failed, for want of a file descriptor as a rule: the client waits in the backlog."""
 
-EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+COMPLAIN_S = 10.0
+"""Between two lines in the log about the same trouble."""
 
-OnClient = Callable[[socket.socket, str], None]
+VSOCK_LOCAL = 1
+"""VMADDR_CID_LOCAL (vsock(7)): reachable from this machine only."""
+
+OnClient = Callable[[socket.socket, Tls], None]
 
 
 class Listener:
-    """One address.  ``uri`` is what a client connects to, with the real port."""
+    """One address.  ``uri`` is what a client connects to, with the real port; ``tls`` the mode for its clients;
+    ``exposed``: other machines may reach it.
 
-    def __init__(self, sockets: Sequence[socket.socket], uri: str, inode: tuple[int, int] = (0, 0)) -> None:
+    ``inode`` is that of a unix socket's file that is ours to remove.
+    """
+
+    def __init__(
+        self, sockets: Sequence[socket.socket], uri: str, tls: Tls = "off", inode: tuple[int, int] | None = None
+    ) -> None:
         self.uri = uri
+        self.tls = tls
+        self.exposed = not all(map(_is_local, sockets))
         self._sockets = sockets
         self._inode = inode
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._complaints = Throttle(COMPLAIN_S)
 
     def start(self, loop: asyncio.AbstractEventLoop, on_client: OnClient) -> None:
         self._loop = loop
@@ -63,15 +82,13 @@ class Listener:
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
-                if error.errno in EXHAUSTED:
-                    log.error("clients have to wait: %s", error.strerror)
-                    loop.remove_reader(listening.fileno())
-                    loop.call_later(RETRY_S, self._go_on, loop, listening, on_client)
-                else:
-                    log.error("accepting on %s failed: %s", self.uri, error)
+                if self._complaints.passes():
+                    log.error("clients have to wait: %s (%s)", error.strerror, self.uri)
+                loop.remove_reader(listening.fileno())
+                loop.call_later(RETRY_S, self._go_on, loop, listening, on_client)
                 return
             try:
-                on_client(sock, _label(sock))
+                on_client(sock, self.tls)
             except Exception:
                 log.exception("a client could not be served")
                 sock.close()
@@ -85,20 +102,24 @@ class Listener:
         for listening in self._sockets:
             if listening.fileno() < 0:
                 continue
-            if listening.family == socket.AF_UNIX:
+            if self._inode is not None:
                 unlink_unix_socket(Path(listening.getsockname()), self._inode)
             if self._loop is not None:
                 self._loop.remove_reader(listening.fileno())
             listening.close()
 
 
-def open_listeners(addresses: Sequence[Address]) -> list[Listener]:
-    """Bind them all, or none.  InUseError, ServerError."""
+def open_listeners(addresses: Sequence[Address], tls: Tls = "off", *, guarded: bool = False) -> list[Listener]:
+    """Bind them all, or none.  InUseError, ServerError, ConfigError.
+
+    ``tls``: the mode of those that have none of their own.  ``guarded``: clients from everywhere may come.
+    """
     listeners: list[Listener] = []
     try:
         for address in addresses:
-            opened = _open_unix(address) if isinstance(address, UnixAddress) else _open_tcp(address)
+            opened = _open(address, address.tls or tls)
             listeners.append(opened)
+        check_exposure(listeners, guarded)
     except BaseException:
         for listener in listeners:
             listener.close()
@@ -106,12 +127,64 @@ def open_listeners(addresses: Sequence[Address]) -> list[Listener]:
     return listeners
 
 
-def _open_unix(address: UnixAddress) -> Listener:
-    listening = bind_unix_socket(address.path, UNIX_MODE)
-    return Listener([listening], f"nbd+unix:///?socket={quote(str(address.path))}", socket_inode(address.path))
+def adopt_listeners(sockets: Sequence[socket.socket], tls: Tls = "off", *, guarded: bool = False) -> list[Listener]:
+    """What systemd has bound already.  Their files, where they have some, are systemd's.  ConfigError."""
+    listeners = [Listener([sock], _uri(sock, tls), tls) for sock in sockets]
+    check_exposure(listeners, guarded)
+    return listeners
 
 
-def _open_tcp(address: TcpAddress) -> Listener:
+def check_exposure(listeners: Iterable[Listener], guarded: bool) -> None:
+    """ConfigError where clients could come from elsewhere, without proof of who they are."""
+    for listener in listeners:
+        if listener.exposed and not guarded and listener.tls != "required":
+            raise ConfigError(
+                f"{listener.uri} can be reached from other machines, and whoever reaches it could write every volume",
+                hint="require TLS ([tls] mode), or say who may come ([[allow]]), or set [server] insecure = true",
+            )
+
+
+def _open(address: Address, tls: Tls) -> Listener:
+    if isinstance(address, UnixAddress):
+        return _open_unix(address, tls)
+    if isinstance(address, VsockAddress):
+        return _open_vsock(address, tls)
+    return _open_tcp(address, tls)
+
+
+def _open_unix(address: UnixAddress, tls: Tls) -> Listener:
+    owner = _account(address.owner, lambda name: pwd.getpwnam(name).pw_uid, "owner")
+    group = _account(address.group, lambda name: grp.getgrnam(name).gr_gid, "group")
+    listening = bind_unix_socket(address.path, address.mode, owner, group)
+    return Listener([listening], _uri(listening, tls), tls, socket_inode(address.path))
+
+
+def _account(account: str | int | None, find: Callable[[str], int], key: str) -> int:
+    """The number; -1 leaves things as they are, as for chown(2)."""
+    if not isinstance(account, str):
+        return -1 if account is None else account
+    try:
+        return find(account)
+    except KeyError:
+        raise ConfigError(f"[server] listen: {key}: this machine knows no {account!r}") from None
+
+
+def _open_vsock(address: VsockAddress, tls: Tls) -> Listener:
+    try:
+        listening = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+    except OSError as error:
+        raise ServerError(
+            f"cannot listen on {address}: {error.strerror or error}", hint="load the kernel's vsock module"
+        ) from None
+    try:
+        listening.bind((address.cid, address.port or VSOCK_ANY))
+    except OSError as error:
+        listening.close()
+        raise _bind_error(address, error) from None
+    return Listener([listening], _uri(listening, tls), tls)
+
+
+def _open_tcp(address: TcpAddress, tls: Tls) -> Listener:
     """Every address that the host's name has.  With port 0, the first one's choice is all the others'."""
     try:
         found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -131,22 +204,40 @@ def _open_tcp(address: TcpAddress) -> Listener:
     except OSError as error:
         for listening in sockets:
             listening.close()
-        if error.errno == errno.EADDRINUSE:
-            raise InUseError(
-                f"cannot listen on {address}: the port is in use",
-                hint="stop the process that has it, or name another port in the configuration",
-            ) from None
-        raise ServerError(f"cannot listen on {address}: {error.strerror or error}") from None
+        raise _bind_error(address, error) from None
     host = f"[{address.host}]" if ":" in address.host else address.host
-    return Listener(sockets, f"nbd://{host}:{port}")
+    return Listener(sockets, f"{_scheme(tls)}://{host}:{port}", tls)
 
 
-def _label(sock: socket.socket) -> str:
-    """The client, for the log: its address, or the process at the other end of a unix socket."""
-    with contextlib.suppress(OSError):
-        if sock.family == socket.AF_UNIX:
-            credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-            return f"unix client, pid {struct.unpack('3i', credentials)[0]}"
-        host, port = sock.getpeername()[:2]
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    return "a client that has left"
+def _bind_error(address: Address, error: OSError) -> InUseError | ServerError:
+    if error.errno == errno.EADDRINUSE:
+        return InUseError(
+            f"cannot listen on {address}: the port is in use",
+            hint="stop the process that has it, or name another port in the configuration",
+        )
+    return ServerError(f"cannot listen on {address}: {error.strerror or error}")
+
+
+def _is_local(sock: socket.socket) -> bool:
+    """Whether only this machine can reach it."""
+    if sock.family == socket.AF_UNIX:
+        return True
+    where = sock.getsockname()
+    if sock.family == socket.AF_VSOCK:
+        return bool(where[0] == VSOCK_LOCAL)
+    return ip_address(where[0].partition("%")[0]).is_loopback
+
+
+def _scheme(tls: Tls) -> str:
+    return "nbds" if tls == "required" else "nbd"
+
+
+def _uri(sock: socket.socket, tls: Tls = "off") -> str:
+    """What a client connects to."""
+    where = sock.getsockname()
+    if sock.family == socket.AF_UNIX:
+        return f"{_scheme(tls)}+unix:///?socket={quote(os.fsdecode(where))}"
+    if sock.family == socket.AF_VSOCK:
+        return f"{_scheme(tls)}+vsock://{'' if where[0] == VSOCK_ANY else where[0]}:{where[1]}"
+    host = f"[{where[0]}]" if ":" in where[0] else where[0]
+    return f"{_scheme(tls)}://{host}:{where[1]}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import socket
 import stat
 from pathlib import Path
@@ -18,9 +19,10 @@ PROBE_TIMEOUT_S = 2.0
 """A local connect() answers at once, or waits for room in a full backlog: then somebody listens."""
 
 
-def bind_unix_socket(path: Path, mode: int) -> socket.socket:
+def bind_unix_socket(path: Path, mode: int, owner: int = -1, group: int = -1) -> socket.socket:
     """A socket bound to ``path``, not listening yet; its folder is made where only that is missing.
 
+    ``owner``, ``group``: as for chown(2).
     InUseError for a live socket or a foreign file, ServerError where the operating system refuses.
     """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -28,7 +30,13 @@ def bind_unix_socket(path: Path, mode: int) -> socket.socket:
         path.parent.mkdir(exist_ok=True)
         _clear(path)
         listener.bind(str(path))
-        path.chmod(mode)  # in time: nobody can connect before listen()
+        try:
+            if (owner, group) != (-1, -1):
+                os.chown(path, owner, group)
+            path.chmod(mode)  # in time: nobody can connect before listen()
+        except OSError:
+            path.unlink()
+            raise
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:

@@ -16,6 +16,7 @@ READ exactly once.
 from __future__ import annotations
 
 import socket
+import ssl
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,6 +144,12 @@ class Client:
             if replies[-1].failed:
                 raise RefusedError(replies[-1].type, replies[-1].data.decode())
         return replies
+
+    def start_tls(self, context: ssl.SSLContext, hostname: str | None = None) -> Client:
+        """STARTTLS and its handshake."""
+        self.option(nbdwire.option(nbdwire.STARTTLS))
+        self.sock = context.wrap_socket(self.sock, server_hostname=hostname, suppress_ragged_eofs=False)
+        return self
 
     def structured(self) -> Client:
         self.option(nbdwire.option(nbdwire.STRUCTURED_REPLY))

@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 
 import uvloop
 
-from nbdsnap.server.app import NbdServer
+from nbdsnap.addresses import Tls
 from nbdsnap.server.context import Context, Limits
 from nbdsnap.server.listeners import Listener
+from nbdsnap.server.nbdserver import NbdServer
+from nbdsnap.server.security import Security
 from tests.support.client import Client
 from tests.support.rawdevice import RawPool
 
@@ -25,10 +27,17 @@ TIMEOUT_S = 30.0
 class ServerThread:
     """``server`` and ``context`` are the loop's own: use them through :meth:`call`."""
 
-    def __init__(self, pool: RawPool, limits: Limits | None = None, listeners: Sequence[Listener] = ()) -> None:
+    def __init__(
+        self,
+        pool: RawPool,
+        limits: Limits | None = None,
+        listeners: Sequence[Listener] = (),
+        security: Security | None = None,
+    ) -> None:
         self._limits = limits or Limits()
         self._pool = pool
         self._listeners = listeners
+        self._security = security
         self._started = threading.Event()
         self._stop = asyncio.Event()
         self.loop: asyncio.AbstractEventLoop
@@ -41,7 +50,7 @@ class ServerThread:
     async def _main(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.context = Context(self.loop, self._limits)
-        self.server = NbdServer(self.context, self._pool)
+        self.server = NbdServer(self.context, self._pool, self._security)
         self.server.start(self._listeners)
         self._started.set()
         await self._stop.wait()
@@ -61,10 +70,10 @@ class ServerThread:
         self.loop.call_soon_threadsafe(run)
         return future.result(TIMEOUT_S)
 
-    def connect(self) -> socket.socket:
+    def connect(self, tls: Tls = "off") -> socket.socket:
         """A new client's end of a unix socket pair."""
         ours, theirs = socket.socketpair()
-        self.call(self.server.add_client, theirs, "test client")
+        self.call(self.server.add_client, theirs, tls)
         return ours
 
     def client(self, export: str = "vol", dialect: str = "structured", *contexts: str) -> Client:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +11,17 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from nbdsnap.config import Config, PoolConfig, ServerConfig, TcpAddress, UnixAddress, VolumeConfig, load_config
+from nbdsnap.addresses import TcpAddress, UnixAddress
+from nbdsnap.config import (
+    AllowConfig,
+    Config,
+    LimitsConfig,
+    PoolConfig,
+    ServerConfig,
+    TlsConfig,
+    VolumeConfig,
+    load_config,
+)
 from nbdsnap.errors import ConfigError
 
 EXAMPLE = Path(__file__).parents[2] / "conf" / "nbdsnap.toml"
@@ -202,16 +214,33 @@ def leaf_keys(model: type[BaseModel]) -> Iterator[str]:
     return (field.alias or name for name, field in model.model_fields.items() if not field.exclude)
 
 
+def switched_on() -> str:
+    """The example with the settings that it only shows."""
+    return re.sub(r"^#(?=[a-z\[])", "", EXAMPLE.read_text(), flags=re.MULTILINE)
+
+
 def test_example_mentions_every_key() -> None:
-    example = tomllib.loads(EXAMPLE.read_text())
+    example = tomllib.loads(switched_on())
     assert set(example) == set(leaf_keys(Config))
     assert set(example["server"]) == set(leaf_keys(ServerConfig))
     assert set(example["pool"]) == set(leaf_keys(PoolConfig))
     assert set(example["volume"][0]) == set(leaf_keys(VolumeConfig))
+    assert set(example["tls"]) == set(leaf_keys(TlsConfig))
+    assert set(example["limits"]) == set(leaf_keys(LimitsConfig))
+    assert set(example["allow"][0]) == set(leaf_keys(AllowConfig))
+
+
+def test_example_shows_the_defaults_of_limits() -> None:
+    assert load_config(EXAMPLE).limits == LimitsConfig()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 13), reason="pre-shared keys need Python 3.13")
+def test_example_with_everything_loads(tmp_path: Path) -> None:
+    assert len(load(tmp_path, switched_on()).allow) == 1
 
 
 def test_example_comments_every_key() -> None:
-    lines = EXAMPLE.read_text().splitlines()
+    lines = switched_on().splitlines()
     for number, line in enumerate(lines):
         if line and not line.startswith(("#", "[")):
             assert lines[number - 1].startswith("# "), f"{line!r} has no comment"

@@ -25,12 +25,14 @@ MAY_USE: dict[str, set[str]] = {
     "store": BASE,
     "engine": BASE | {"store"},
     "transfer": BASE | {"engine", "store", "delta"},
-    "config": BASE | {"engine.names", "store.layout"},
+    "addresses": set(),
+    "config": BASE | {"addresses", "engine.names", "store.layout"},
     "operations": BASE | {"engine", "delta", "transfer"},
     "replication": BASE | {"engine", "delta", "transfer", "operations"},
-    "server": BASE | {"engine", "nbd", "delta", "replication", "config", "operations"},
+    "server": BASE | {"engine", "nbd", "delta", "replication", "addresses", "config", "operations"},
     "client": BASE | {"engine", "config", "operations"},
-    "cli": BASE | {"engine.names", "delta", "transfer", "replication", "config", "operations", "client", "server"},
+    "cli": BASE
+    | {"engine.names", "delta", "transfer", "replication", "addresses", "config", "operations", "client", "server"},
 }
 """From the bottom up.  A module's name in full allows that module only."""
 

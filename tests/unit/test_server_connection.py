@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdsnap.config import TcpAddress, UnixAddress
+from nbdsnap.addresses import TcpAddress, UnixAddress
 from nbdsnap.errors import InUseError
 from nbdsnap.server.context import Limits
 from nbdsnap.server.listeners import Listener, open_listeners
