@@ -364,7 +364,7 @@ def _check_message(sent: Sent, message: Message) -> None:
         if sent.command != nbdwire.BLOCK_STATUS:
             raise Failure("block status in a reply to something else")
         _check_extents(sent, message)
-    elif message.type == nbdwire.ERROR_OFFSET:
+    elif message.type == nbdwire.ERROR_OFFSET and not sent.flags & nbdwire.PAYLOAD_LEN:
         at = -1 if message.offset is None else message.offset - sent.offset
         if not 0 <= at < max(sent.length, 1):
             raise Failure("an error's offset outside of what was asked for")
