@@ -62,7 +62,10 @@ class LiveChunks:
             place = self.slots.get(offset >> CHUNK_SHIFT)
             if place >= FIRST:
                 return self.store.read_now(buffer, place - FIRST, inside) and self.generation == generation
-        return self._read(buffer, offset, now=True)
+        try:
+            return self._read(buffer, offset, now=True)
+        except CorruptionError:
+            return False  # whoever waits is told; perhaps it is being written over
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         for start in range(0, len(buffer), PIECE):

@@ -181,12 +181,20 @@ def _problems_of(
     numbers = [damage.volume] if damage.volume is not None else sorted(served)
     what = f"{damage.why} (table {damage.table})"
     known = [number for number in numbers if number in served]
-    if damage.table not in ("preserved", "changed", "snapshots") or not known:
+    if damage.table not in ("preserved", "changed", "snapshots", "current") or not known:
         yield Problem(kind="index", detail=what)
         return
     for number in known:
         volume: VolumeRecord = served[number].volume
         names = [f"{volume.name}@{one.name}" for one in snapshots.get(number, []) if not one.deleting]
+        if damage.table == "current":
+            if volume.origin is None:
+                offset, length = served[number].bytes(damage.first, damage.end)
+                detail = f"{what}: live data of {volume.name}, somewhere in bytes {offset} to {offset + length - 1}"
+                yield Problem(
+                    kind="index", detail=detail, volume=volume.name, snapshots=names, offset=offset, length=length
+                )
+            continue
         if damage.table != "preserved":
             yield Problem(kind="index", detail=f"{what}: volume {volume.name}", volume=volume.name, snapshots=names)
             continue

@@ -1,8 +1,9 @@
 """Repair of a pool that no process has open: what is provably lost is removed, and everything else kept.
 
-Live data is never touched: it is in the origin files.  What is done is planned first, as data (:class:`Plan`), and
-executed by writing a new index, which takes the old one's name when it is whole; the old one stays beside it, under the
-name ``index.mdb.damaged``.  So a repair that fails, or is cut short, has changed nothing.
+The live data of origins is never touched: it is in their files.  That of thin volumes and clones is in the store, and
+where it is, in the index: see :mod:`nbdsnap.engine.repairlive`.  What is done is planned first, as data
+(:class:`Plan`), and executed by writing a new index, which takes the old one's name when it is whole; the old one stays
+beside it, under the name ``index.mdb.damaged``.  So a repair that fails, or is cut short, has changed nothing.
 
 What is believed
 ----------------
@@ -35,12 +36,13 @@ from itertools import islice
 from nbdsnap.engine.check import Checker, Chunks, Served, load_records, reads_back
 from nbdsnap.engine.offline import OfflinePool, OfflineSource
 from nbdsnap.engine.records import SnapshotRecord, VolumeRecord, now
+from nbdsnap.engine.repairlive import LivePlan, Taken, live_items, live_steps, plan_live
 from nbdsnap.engine.repairlog import LogPlan, plan_log
 from nbdsnap.errors import NoSpaceError
 from nbdsnap.models import RepairStep
 from nbdsnap.store import pagesums
 from nbdsnap.store.index import Index, IndexWriter, JsonObject, NewRecords, Record
-from nbdsnap.store.layout import BLOCK_SHIFT, CHUNK, FORMAT_VERSION, LOST_SLOT, NEW_INDEX_FILE, SUMS_FILE
+from nbdsnap.store.layout import BLOCK_SHIFT, CHUNK, FORMAT_VERSION, LOST_SLOT, MAX_SLOTS, NEW_INDEX_FILE, SUMS_FILE
 from nbdsnap.store.salvage import Salvage, chunks_of_block
 
 BATCH_RECORDS = 65536
@@ -60,6 +62,7 @@ class VolumePlan:
     snapshots: list[SnapshotRecord]
     lost: set[Place] = field(default_factory=set)
     bogus: set[Place] = field(default_factory=set)
+    live: LivePlan = field(default_factory=lambda: LivePlan(0))
 
 
 @dataclass
@@ -93,7 +96,7 @@ def plan_repair(pool: OfflinePool) -> Plan:
 def _plan_index(plan: Plan, salvage: Salvage, store: Chunks) -> None:
     volumes, snapshots = load_records(salvage)
     for number in sorted((salvage.numbers() | snapshots.keys()) - volumes.keys()):
-        detail = f"volume number {number}: its record is lost; drop what was preserved for it (its file stays)"
+        detail = f"volume number {number}: its record is lost; drop what the pool has of it (an origin's file stays)"
         plan.steps.append(RepairStep(kind="drop-volume", detail=detail))
     highest = max([0, *volumes, *snapshots, *salvage.numbers()])
     plan.meta = salvage.meta() or _new_meta(highest)
@@ -104,6 +107,14 @@ def _plan_index(plan: Plan, salvage: Salvage, store: Chunks) -> None:
             plan.steps.append(RepairStep(kind="drop-snapshot", detail=f"{damage.why}: the snapshots in it are lost"))
     for number, volume in sorted(volumes.items()):
         plan.volumes.append(_plan_volume(plan, salvage, store, volume, snapshots.get(number, [])))
+    taken = Taken()
+    for planned in plan.volumes:
+        for record in _records(salvage, planned):
+            if record.has_slot:
+                taken.add(record.slot)
+    for planned in plan.volumes:
+        planned.live = plan_live(salvage, planned.volume, taken)
+        plan.steps.extend(live_steps(planned.volume, planned.live))
 
 
 def _new_meta(highest: int) -> JsonObject:
@@ -263,6 +274,14 @@ def _write_volume(index: Index, salvage: Salvage, planned: VolumePlan) -> None:
     useful = _useful(_records(salvage, planned), served)
     while batch := list(islice(useful, BATCH_RECORDS)):
         _write_batch(index, number, batch)
+    items = live_items(salvage, planned.volume, planned.live)
+    while part := list(islice(items, BATCH_RECORDS)):
+        index.update(lambda txn, part=part: _write_live(txn, number, part))  # type: ignore[misc]
+
+
+def _write_live(txn: IndexWriter, number: int, items: list[tuple[int, int]]) -> None:
+    txn.current(number).change(items)
+    txn.change_slots(used=[slot for _, slot in items if slot < MAX_SLOTS])
 
 
 def _write_batch(index: Index, number: int, batch: list[tuple[Record, int]]) -> None:

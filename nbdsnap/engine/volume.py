@@ -48,7 +48,7 @@ from nbdsnap.engine.device import STATE_HOLE, STATE_ZERO, Device, Op, OpKind
 from nbdsnap.engine.pending import IntentSet, lay_over, uncovered
 from nbdsnap.engine.records import SnapshotRecord, VolumeRecord, VolumeState
 from nbdsnap.engine.sync import SyncGroup
-from nbdsnap.errors import DeviceError, InUseError, NbdsnapError
+from nbdsnap.errors import CorruptionError, DeviceError, InUseError, NbdsnapError
 from nbdsnap.store.chunkbits import ChunkBits
 from nbdsnap.store.fileio import FileIO
 from nbdsnap.store.intentlog import Intent
@@ -171,7 +171,7 @@ class Volume(VolumeState):
                     raise  # else what it showed is gone, and the volume itself is to be read
         try:
             self._read_patched(buffer, offset, self._read_in_place)
-        except OSError:
+        except (OSError, CorruptionError):
             if not self.intents.pending:
                 raise
             self._read_around(buffer, offset)

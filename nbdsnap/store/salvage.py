@@ -100,8 +100,10 @@ class Salvage:
                     yield number, epoch, value
 
     def numbers(self) -> set[int]:
-        """Of the volumes that have preserved chunks."""
-        return {_U32.unpack(key)[0] for key in self._pages.keys("preserved") if len(key) == _U32.size}
+        """Of the volumes that have preserved chunks, or live ones in the store."""
+        found = {_U32.unpack(key)[0] for key in self._pages.keys("preserved") if len(key) == _U32.size}
+        live = self._pages.keys("current") if "current" in self._pages.tables() else []
+        return found | {unpack_key(key)[0] for key in live if len(key) == CURRENT_KEY.size}
 
     def records(self, volume: int) -> Iterator[Record]:
         for entry in self._entries("preserved", _U32.pack(volume)):
@@ -163,7 +165,8 @@ class Salvage:
             if isinstance(found, Entry):
                 yield found
             else:
-                self._add(_damage(table, found))
+                for damage in _damages(table, found):
+                    self._add(damage)
 
     def _decoded(
         self, table: str, what: str, decode: Callable[[], JsonObject], volume: int | None = None
@@ -189,8 +192,21 @@ def _decoder(entry: Entry, what: str) -> Callable[[], JsonObject]:
     return lambda: decode_record(entry.key, entry.value, what)
 
 
-def _damage(table: str, gap: Gap) -> Damage:
+def _damages(table: str, gap: Gap) -> Iterator[Damage]:
     """Whose entries the gap may have held."""
+    low, high = (
+        unpack_key(key) if key is not None and len(key) == CURRENT_KEY.size else None for key in (gap.low, gap.high)
+    )
+    if table != "current" or low is None or high is None:
+        yield _damage(table, gap)
+        return
+    for volume in range(low[0], high[0] + 1):
+        first = low[1] << GROUP_SHIFT if volume == low[0] else 0
+        end = high[1] << GROUP_SHIFT if volume == high[0] else None
+        yield Damage(table, _of_page(gap), volume, first, end)
+
+
+def _damage(table: str, gap: Gap) -> Damage:
     if table == "preserved" and gap.key is not None and len(gap.key) == _U32.size:
         first, end = _chunk(gap.low), None if gap.high is None else (_chunk(gap.high) or 0) + 1
         return Damage(table, _of_page(gap), _U32.unpack(gap.key)[0], first or 0, end)
