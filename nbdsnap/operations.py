@@ -95,6 +95,10 @@ class CloneOf(Request):
     name: str
 
 
+class VolumeFlatten(Request):
+    name: str
+
+
 class VolumeShow(Request):
     name: str
 
@@ -277,6 +281,10 @@ def _check(pool: Pool, request: CheckScope, emit: Emit) -> CheckReport:
     return pool.check(data=request.data, progress=_progress_to(emit))
 
 
+def _flatten(pool: Pool, request: VolumeFlatten, emit: Emit) -> VolumeInfo:
+    return pool.volume_flatten(request.name, progress=_progress_to(emit))
+
+
 def _rollback(pool: Pool, request: RollbackTo, emit: Emit) -> RollbackReport:
     return pool.rollback(request.name, force=request.force, dry_run=request.dry_run, progress=_progress_to(emit))
 
@@ -344,6 +352,14 @@ CLONE: Operation[CloneOf, VolumeInfo] = Operation(
     CloneOf,
     VolumeInfo,
     lambda pool, request, _: pool.clone(request.snapshot, request.name),
+)
+VOLUME_FLATTEN: Operation[VolumeFlatten, VolumeInfo] = Operation(
+    "volume.flatten",
+    "Copy what a clone still has from its base, which it frees.",
+    VolumeFlatten,
+    VolumeInfo,
+    _flatten,
+    Progress,
 )
 VOLUME_LIST: Operation[Nothing, list[VolumeInfo]] = Operation(
     "volume.list",
@@ -483,6 +499,7 @@ OPERATIONS: dict[str, Operation[Any, Any]] = {
         VOLUME_SHOW,
         VOLUME_ACCEPT,
         VOLUME_DELETE,
+        VOLUME_FLATTEN,
         SNAPSHOT_CREATE,
         SNAPSHOT_LIST,
         SNAPSHOT_DELETE,

@@ -10,18 +10,21 @@ from nbdsnap.cli.context import Context, pass_context
 from nbdsnap.cli.names import complete_volumes
 from nbdsnap.cli.options import Group, dry_run_option, json_option, parse_size_option
 from nbdsnap.cli.output import Column, format_time, plural, print_fields, print_json, print_table
+from nbdsnap.cli.progress import progress_bar
 from nbdsnap.cli.snapshot import print_snapshots
 from nbdsnap.models import VolumeInfo, VolumeStatus
 from nbdsnap.operations import (
     VOLUME_ACCEPT,
     VOLUME_CREATE,
     VOLUME_DELETE,
+    VOLUME_FLATTEN,
     VOLUME_LIST,
     VOLUME_SHOW,
     Nothing,
     VolumeAccept,
     VolumeCreate,
     VolumeDelete,
+    VolumeFlatten,
     VolumeShow,
 )
 from nbdsnap.sizes import format_size
@@ -176,6 +179,28 @@ def accept(context: Context, name: str, as_json: bool) -> None:
         return
     marked = [one for one in accepted.snapshots if one.problem]
     click.echo(f"{name}: accepted; {plural(len(marked), 'snapshot')} may have changed")
+
+
+@volume.command("flatten")
+@click.argument("name", shell_complete=complete_volumes)
+@json_option
+@pass_context
+def flatten(context: Context, name: str, as_json: bool) -> None:
+    """Copy what the clone NAME still has from its base, which can be deleted then.
+
+    NAME is a thin volume afterwards, with the same content and snapshots. It may be in use meanwhile. Cut short, it
+    stays a clone: the same command goes on.
+
+    \b
+    Example:
+      nbdsnap volume flatten trial
+    """
+    with progress_bar("copying") as on_event:
+        flat = context.call(VOLUME_FLATTEN, VolumeFlatten(name=name), on_event)
+    if as_json:
+        print_json(flat)
+    else:
+        click.echo(f"{flat.name}: {format_size(flat.size)} {_where(flat)}")
 
 
 @volume.command("delete")

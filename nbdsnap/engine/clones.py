@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import replace
 
@@ -23,6 +23,7 @@ from nbdsnap.engine.base import Base, ZeroBase
 from nbdsnap.engine.chain import ChainBase, OriginBase, SnapshotChunks
 from nbdsnap.engine.device import Device
 from nbdsnap.engine.diff import ChangeMap
+from nbdsnap.engine.flatten import Flattening, Progress
 from nbdsnap.engine.livechunks import LiveChunks
 from nbdsnap.engine.preserver import Preserver
 from nbdsnap.engine.records import SnapshotRecord, VolumeRecord, VolumeState
@@ -31,7 +32,7 @@ from nbdsnap.engine.redirected_snapshot import RedirectedSnapshotDevice
 from nbdsnap.engine.snapshot import SnapshotDevice
 from nbdsnap.engine.volume import Volume
 from nbdsnap.errors import ConflictError, CorruptionError, InUseError, NbdsnapError
-from nbdsnap.store.chunkstore import ChunkStore, coalesce
+from nbdsnap.store.chunkstore import ChunkStore
 from nbdsnap.store.fileio import FileIO
 from nbdsnap.store.index import Index, IndexWriter
 from nbdsnap.store.layout import MAX_CHUNKS, MAX_SLOTS
@@ -144,6 +145,38 @@ class Clones:
         del found[state.record.number]
         return list(found.values())
 
+    # Freeing a clone from its base
+
+    def flatten(self, volume: RedirectedVolume, progress: Progress | None) -> None:
+        """On any thread but the preserver's."""
+        work = Flattening(self._index, self._store, volume)
+
+        def step() -> bool:
+            if self._volumes.get(volume.name) is not volume:
+                raise ConflictError(f"volume {volume.name} was deleted meanwhile")
+            volume.check_not_rolling_back()
+            if volume.record.base is None or work.step():
+                return volume.record.base is not None
+            self._detach(volume)
+            return False
+
+        while self._preserver.run(step):
+            if progress is not None:
+                progress(work.done_bytes, volume.size)
+        if progress is not None:
+            progress(volume.size, volume.size)
+
+    def _detach(self, volume: RedirectedVolume) -> None:
+        """Nothing of the base is needed any more."""
+        record = replace(volume.record, base=None, kind="thin")
+        self._index.update(lambda txn: txn.put_volume(record.number, record.to_json()))
+        with self._lock:
+            volume.record = record
+        volume.chunks.rebase(ZeroBase())
+        for clone in self.dependents(volume):
+            if isinstance(clone, RedirectedVolume):
+                clone.chunks.rebase(self._base_of(clone.record))
+
     # Deleting a volume
 
     def mark_deleted(self, state: VolumeState) -> None:
@@ -195,19 +228,8 @@ class Clones:
         slots, more = self._index.update(change)
         if not more:
             self._deleting = [record for record in self._deleting if record.number != number]
-        free_slots(self._store, slots)
+        self._store.free(slots)
         return more
-
-
-def free_slots(store: ChunkStore, slots: Iterable[int]) -> None:
-    """Of a durable transaction.  Where their space can't be given back to the file system, they are free all the
-    same."""
-    ordered = sorted(slots)
-    try:
-        store.free(ordered)
-    except OSError as error:
-        log.warning("freed space is not given back to the file system: %s", error)
-        store.release(coalesce(ordered))
 
 
 def check_no_clones(clones: Mapping[tuple[int, int], list[str]], state: VolumeState, snapshot: SnapshotRecord) -> None:

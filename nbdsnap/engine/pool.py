@@ -34,6 +34,7 @@ from nbdsnap.engine.receiving import Arrival, Receive, Receives
 from nbdsnap.engine.reclaim import END_OF_EPOCHS
 from nbdsnap.engine.records import JsonObject, SnapshotRecord, VolumeRecord, VolumeState, now
 from nbdsnap.engine.recovery import recover
+from nbdsnap.engine.redirected import RedirectedVolume
 from nbdsnap.engine.rollback import Progress, Rollbacks, find_target
 from nbdsnap.engine.space import Space
 from nbdsnap.engine.volume import Volume
@@ -446,6 +447,17 @@ class Pool:
             return self._add_volume(name, lambda n: VolumeRecord(n, name, "clone", base.size, None, base=place))
 
         return self._preserver.run(add)
+
+    def volume_flatten(self, name: str, *, progress: Callable[[int, int], None] | None = None) -> VolumeInfo:
+        """Copy what a clone still has from its base, and make it a thin volume, which keeps no snapshot any more.
+
+        ``progress`` is called with (done, total) bytes.
+        """
+        volume = self._volume(name)
+        if not isinstance(volume, RedirectedVolume) or volume.record.base is None:
+            raise UsageError(f"volume {name} is no clone", hint="only a clone has a base to be freed from")
+        self._clones.flatten(volume, progress)
+        return self._volume_info(volume)
 
     def _check_new(self, name: str) -> None:
         if check_name(name) in self._volumes:

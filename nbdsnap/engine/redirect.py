@@ -16,7 +16,6 @@ preserver's thread.  Doing an operation again does no harm: that is how stalled 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -33,8 +32,6 @@ from nbdsnap.store.fileio import Buffer
 from nbdsnap.store.index import Index, IndexWriter, NewRecords, Record, checksum_seed
 from nbdsnap.store.intentlog import Intent
 from nbdsnap.store.layout import BASE_SLOT, CHUNK, CHUNK_SHIFT, LOST_SLOT, MAX_SLOTS, ZERO_SLOT, chunk_count
-
-log = logging.getLogger(__name__)
 
 LONG = 16 << 20
 """Bytes: a longer zeroing is done by itself, in steps of this size."""
@@ -251,14 +248,7 @@ class Redirection:
         volume.chunks.moved(changes)
         volume.mark_exclusive([chunk for chunk, _ in changes])
         if plan.freed:
-            self._free(volume, plan.freed)
-
-    def _free(self, volume: RedirectedVolume, slots: list[int]) -> None:
-        try:
-            self._store.free(slots)
-        except OSError as error:
-            log.warning("volume %s: zeroed space is not given back to the file system: %s", volume.name, error)
-            self._store.release(coalesce(sorted(slots)))
+            self._store.free(plan.freed)
 
     def _make_records(
         self, volume: RedirectedVolume, plan: Plan

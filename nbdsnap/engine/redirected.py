@@ -128,7 +128,10 @@ class RedirectedVolume(Volume):
             patches = self.intents.patches(offset, offset + length)
         own = self.chunks.own_extents(offset, length)
         end = offset + length
-        own += [(max(one.offset, offset), min(one.offset + len(one.data), end)) for one in patches]
+        own += [
+            (max(one.offset & -CHUNK, offset), min(chunk_count(one.offset + len(one.data)) << CHUNK_SHIFT, end))
+            for one in patches
+        ]
         return layers(sorted(own), self.chunks.base.data_extents(offset, length), offset, end)
 
     def exclusive_slot(self, chunk: int) -> int | None:

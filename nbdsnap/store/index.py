@@ -391,6 +391,12 @@ class IndexWriter(IndexReader):
         item = _pack(record.chunk, record.epoch, record.slot, record.checksum)
         self._txn.delete(_U32.pack(volume), item, db=self._db["preserved"])
 
+    def replace_preserved(self, volume: int, old: Record, new: Record) -> None:
+        """Both of the same chunk and epoch."""
+        self.delete_preserved(volume, old)
+        item = _pack(new.chunk, new.epoch, new.slot, new.checksum)
+        self._txn.put(_U32.pack(volume), item, db=self._db["preserved"])
+
     def put_changed(self, volume: int, epoch: int, block: int, members: int) -> None:
         self._put_set("changed", CHANGED_KEY.pack(volume, epoch, block), members)
 

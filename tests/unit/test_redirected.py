@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdsnap.engine import flatten
 from nbdsnap.engine.device import STATE_HOLE, STATE_ZERO, OpKind
 from nbdsnap.engine.pool import Pool
 from nbdsnap.errors import AlreadyExistsError, InUseError, NotFoundError, UsageError
@@ -213,3 +214,91 @@ def test_a_clone_waits_for_its_base(tmp_path: Path) -> None:
     pool = Pool.open(tmp_path / "pool")
     assert content(pool, "again") == b"a" * MIB
     pool.close()
+
+
+def test_flatten_frees_a_clone_from_its_base(pool: Pool) -> None:
+    put(pool, "vol", 0, b"a" * (MIB - 8 * CHUNK))  # and zeroes behind it
+    pool.snapshot_create(["vol@one"])
+    pool.clone("vol@one", "trial")
+    put(pool, "trial", 0, b"b" * CHUNK)
+    pool.snapshot_create(["trial@two"])
+    zero(pool, "trial", CHUNK, CHUNK)
+    put(pool, "trial", MIB - CHUNK, b"c" * CHUNK)
+    pool.clone("trial@two", "again")
+    names = ["trial", "trial@two", "again", "vol", "vol@one"]
+    before = {name: content(pool, name) for name in names}
+    reported: list[tuple[int, int]] = []
+    info = pool.volume_flatten("trial", progress=lambda done, total: reported.append((done, total)))
+    assert (info.kind, info.base) == ("thin", None)
+    assert reported[-1] == (MIB, MIB)
+    assert {name: content(pool, name) for name in names} == before
+    assert pool.check(data=True).ok
+    pool.volume_delete("vol", snapshots=True)
+    assert content(pool, "again") == before["again"]
+    put(pool, "again", 3 * CHUNK, b"d" * CHUNK)
+    assert content(pool, "trial@two") == before["trial@two"]
+    with pytest.raises(UsageError, match="is no clone"):
+        pool.volume_flatten("trial")
+    pool.volume_flatten("again")
+    pool.volume_delete("trial", snapshots=True)
+    pool.volume_delete("again")
+    assert used(pool) == 0
+
+
+def test_flatten_takes_as_many_steps_as_it_needs(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flatten, "STEP_CHUNKS", 7)
+    monkeypatch.setattr(flatten, "WINDOW", 40 * CHUNK)
+    put(pool, "vol", 0, b"a" * MIB)
+    pool.snapshot_create(["vol@one"])
+    pool.clone("vol@one", "trial")
+    for chunk in range(0, MIB // CHUNK, 3):
+        put(pool, "trial", chunk * CHUNK, b"b" * CHUNK)
+        if chunk % 50 == 0:
+            pool.snapshot_create([f"trial@s{chunk}"])
+    names = [export.name for export in pool.exports() if export.name.startswith("trial")]
+    before = {name: content(pool, name) for name in names}
+
+    def write_behind_and_ahead(done: int, total: int) -> None:
+        put(pool, "trial", done // 2 & -CHUNK, b"c" * CHUNK)
+        put(pool, "trial", (done + MIB) // 2 & -CHUNK if done < MIB else 0, b"d" * CHUNK)
+
+    pool.volume_flatten("trial", progress=write_behind_and_ahead)
+    del before["trial"]
+    assert {name: content(pool, name) for name in names if "@" in name} == before
+    assert pool.check(data=True).ok
+    pool.snapshot_delete(["vol@one"])
+
+
+def test_reads_are_as_right_at_any_depth(pool: Pool) -> None:
+    put(pool, "vol", 0, b"a" * MIB)
+    expected = bytearray(b"a" * MIB)
+    name = "vol"
+    for depth in range(1, 13):
+        pool.snapshot_create([f"{name}@s"])
+        pool.clone(f"{name}@s", f"c{depth}")
+        name = f"c{depth}"
+        place = depth * 5 * CHUNK + depth
+        put(pool, name, place, bytes([depth]) * 2 * CHUNK)
+        expected[place : place + 2 * CHUNK] = bytes([depth]) * 2 * CHUNK
+        assert content(pool, name) == expected
+    assert content(pool, "c5@s", 0, MIB)[70 * CHUNK :] == b"a" * (MIB - 70 * CHUNK)
+    device = pool.open_device(name)
+    assert device.depths(0, 2 * CHUNK) == [(2 * CHUNK, 2)]
+    assert device.depths(60 * CHUNK, 4 * CHUNK) == [(3 * CHUNK, 1), (CHUNK, 2)]
+    device.close()
+
+
+def test_rollback_of_a_base_leaves_its_clones_alone(pool: Pool) -> None:
+    pool.volume_create("thin", size=MIB, thin=True)
+    put(pool, "thin", 0, b"a" * CHUNK)
+    pool.snapshot_create(["thin@one"])
+    pool.clone("thin@one", "trial")
+    pool.snapshot_create(["trial@two"])
+    pool.clone("trial@two", "again")
+    put(pool, "thin", 0, b"b" * 2 * CHUNK)
+    wanted = b"a" * CHUNK + bytes(MIB - CHUNK)
+    assert content(pool, "again") == wanted
+    pool.rollback("thin@one")
+    for name in ("thin", "thin@one", "trial", "trial@two", "again"):
+        assert content(pool, name) == wanted, name
+    assert pool.check(data=True).ok
