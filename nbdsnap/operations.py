@@ -107,6 +107,12 @@ class VolumeAccept(Request):
     name: str
 
 
+class VolumeResize(Request):
+    name: str
+    size: int = Field(gt=0)
+    shrink: bool = False
+
+
 class VolumeDelete(Request):
     name: str
     snapshots: bool = False
@@ -382,6 +388,13 @@ VOLUME_ACCEPT: Operation[VolumeAccept, VolumeStatus] = Operation(
     VolumeStatus,
     lambda pool, request, _: pool.volume_accept(request.name),
 )
+VOLUME_RESIZE: Operation[VolumeResize, VolumeInfo] = Operation(
+    "volume.resize",
+    "Give a volume another size while it is in use; its snapshots keep theirs. A smaller one only with `shrink`.",
+    VolumeResize,
+    VolumeInfo,
+    lambda pool, request, _: pool.volume_resize(request.name, request.size, shrink=request.shrink),
+)
 VOLUME_DELETE: Operation[VolumeDelete, VolumeStatus] = Operation(
     "volume.delete",
     "Forget a volume, with its snapshots only where `snapshots` is true; its raw file stays. "
@@ -498,6 +511,7 @@ OPERATIONS: dict[str, Operation[Any, Any]] = {
         VOLUME_LIST,
         VOLUME_SHOW,
         VOLUME_ACCEPT,
+        VOLUME_RESIZE,
         VOLUME_DELETE,
         VOLUME_FLATTEN,
         SNAPSHOT_CREATE,

@@ -1,4 +1,4 @@
-"""``nbdsnap volume``: create, list, show, delete."""
+"""``nbdsnap volume``: create, list, show, accept, resize, delete."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from nbdsnap.operations import (
     VOLUME_DELETE,
     VOLUME_FLATTEN,
     VOLUME_LIST,
+    VOLUME_RESIZE,
     VOLUME_SHOW,
     Nothing,
     VolumeAccept,
     VolumeCreate,
     VolumeDelete,
     VolumeFlatten,
+    VolumeResize,
     VolumeShow,
 )
 from nbdsnap.sizes import format_size
@@ -201,6 +203,30 @@ def flatten(context: Context, name: str, as_json: bool) -> None:
         print_json(flat)
     else:
         click.echo(f"{flat.name}: {format_size(flat.size)} {_where(flat)}")
+
+
+@volume.command("resize")
+@click.argument("name", shell_complete=complete_volumes)
+@click.argument("size", callback=parse_size_option)
+@click.option("--shrink", is_flag=True, help="Allow a smaller size: what lies behind it is cut off the live volume.")
+@json_option
+@pass_context
+def resize(context: Context, name: str, size: int, shrink: bool, as_json: bool) -> None:
+    """Give the volume NAME another SIZE, while it is in use. Its snapshots keep theirs.
+
+    A raw file gets the new length; a block device has to be large enough already. New connections see the new size.
+
+    \b
+    Example:
+      nbdsnap volume resize vol 20GiB
+    """
+    resized = context.call(VOLUME_RESIZE, VolumeResize(name=name, size=size, shrink=shrink))
+    if as_json:
+        print_json(resized)
+        return
+    click.echo(f"{name}: {format_size(resized.size)}")
+    if resized.connections:
+        click.echo(f"{plural(resized.connections, 'client')} opened it with the old size: reconnect to see the new one")
 
 
 @volume.command("delete")

@@ -156,7 +156,8 @@ class Checker:
         """Live chunks have no checksums: what they hold can't be verified."""
         count = 0
         lost: list[int] = []
-        limit = chunk_count(volume.size) if volume.origin is None else 0
+        end = volume.largest if volume.resizing else volume.size
+        limit = chunk_count(end) if volume.origin is None else 0
         for chunk, slot in tables.current_items(volume.number):
             what = f"volume {volume.name}, live chunk {chunk}"
             if chunk >= limit:
@@ -242,7 +243,7 @@ class Served:
         self.volume = volume
         self._epochs = [snapshot.epoch for snapshot in snapshots]  # one that is being deleted may still have records
         self._snapshots = snapshots
-        self._size = max([volume.size, *(snapshot.size for snapshot in snapshots)])
+        self._size = max([volume.largest, *(snapshot.size for snapshot in snapshots)])
 
     def is_beyond(self, record: Record) -> bool:
         """Whether the volume can't have such a record."""

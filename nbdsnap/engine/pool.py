@@ -35,6 +35,7 @@ from nbdsnap.engine.reclaim import END_OF_EPOCHS
 from nbdsnap.engine.records import JsonObject, SnapshotRecord, VolumeRecord, VolumeState, now
 from nbdsnap.engine.recovery import recover
 from nbdsnap.engine.redirected import RedirectedVolume
+from nbdsnap.engine.resize import Resizes
 from nbdsnap.engine.rollback import Progress, Rollbacks, find_target
 from nbdsnap.engine.space import Space
 from nbdsnap.engine.volume import Volume
@@ -143,6 +144,7 @@ class Pool:
             self._rollbacks = Rollbacks(
                 self._lock, self._index, self._store, self._preserver, self._space, self._workers, refuses=refuses
             )
+            self._resizes = Resizes(self._lock, self._index, self._preserver)
             if not refuses:
                 self._preserver.preservation.set_make_room(self._deletions.make_room)
             self.receives = Receives(
@@ -233,6 +235,7 @@ class Pool:
                 hint="mend that (free space, or the disk) and restart: they are kept in the pool",
             )
             self._put_aside(volume, problem)
+        self._resizes.finish(self._live_volumes())
         for number in undone.keys() - failures.keys():
             try:
                 self._rollbacks.resume(undone[number])
@@ -520,6 +523,13 @@ class Pool:
             self._volumes[state.name] = volume
         for clone in self._clones.dependents(volume):
             self._reopen(clone)
+
+    def volume_resize(self, name: str, size: int, *, shrink: bool = False) -> VolumeInfo:
+        """Give a volume another size while it is in use; its snapshots keep theirs.  A smaller one only with
+        ``shrink``."""
+        volume = self._volume(name)
+        self._resizes.resize(volume, size, shrink=shrink)
+        return self._volume_info(volume)
 
     def volume_list(self) -> list[VolumeInfo]:
         with self._lock:

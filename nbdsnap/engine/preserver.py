@@ -62,7 +62,7 @@ from nbdsnap.engine.pending import IntentGroup
 from nbdsnap.engine.preservation import Item, Obstacles, Preservation
 from nbdsnap.engine.space import Space, is_full
 from nbdsnap.engine.volume import Volume
-from nbdsnap.errors import ConflictError, DeviceError, NbdsnapError
+from nbdsnap.errors import ConflictError, DeviceError, NbdsnapError, NoSpaceError
 from nbdsnap.store.chunkstore import ChunkStore
 from nbdsnap.store.index import Index
 from nbdsnap.store.intentlog import Intent, IntentLog
@@ -193,7 +193,7 @@ class Preserver:
         while not self._ended:
             batch, command = self._gather()
             if batch:
-                self._process(batch)
+                self._process(self._inside(batch))
             if command is not None:
                 command()
                 self._space.refresh()
@@ -323,10 +323,10 @@ class Preserver:
             elif item is not None:
                 self._deferred.append(item)
             if len(batch) == BATCH_OPS:
-                self._process(batch)
+                self._process(self._inside(batch))
                 batch = []
         if batch:
-            self._process(batch)
+            self._process(self._inside(batch))
         self._retry()
         self.checkpoint()
         for volume in volumes:
@@ -376,6 +376,17 @@ class Preserver:
             self._kept += sum(item.chunks for _, item in batch if isinstance(item, IntentGroup))
         if over_intents:
             self._finish_after_checkpoint(over_intents)
+
+    def _inside(self, batch: list[Item]) -> list[Item]:
+        """Those that do not pass their volume's end; for the others it came too near while they waited."""
+        inside: list[Item] = []
+        for volume, item in batch:
+            if isinstance(item, IntentGroup) or item.offset + item.length <= volume.size:
+                inside.append((volume, item))
+            else:
+                error = NoSpaceError(f"past the end: volume {volume.name} has {volume.size} bytes by now")
+                volume.finish(item, error)
+        return inside
 
     def _apply_intents(
         self, volume: Volume, group: IntentGroup, obstacles: Obstacles, stuck: dict[Volume, BaseException]

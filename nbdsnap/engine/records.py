@@ -73,6 +73,8 @@ class VolumeRecord:
     ``deleting``: it is gone for everyone, and only its space is still being given back.
     ``receiving``: what is being received (:mod:`nbdsnap.engine.receiving`); None where nothing is.
     ``replica``: it follows another pool's volume, and takes no writes from clients.
+    ``resizing``: the origin file may be longer than the volume, and has to be cut (:mod:`nbdsnap.engine.resize`).
+    ``largest``: the largest size that the volume ever had: there may be records up to there.
     """
 
     number: int
@@ -88,6 +90,11 @@ class VolumeRecord:
     deleting: bool = False
     receiving: JsonObject | None = None
     replica: bool = False
+    resizing: bool = False
+    largest: int = 0
+
+    def __post_init__(self) -> None:
+        self.largest = max(self.largest, self.size)
 
     def to_json(self) -> JsonObject:
         return {
@@ -103,6 +110,8 @@ class VolumeRecord:
             "deleting": self.deleting,
             "receiving": self.receiving,
             "replica": self.replica,
+            "resizing": self.resizing,
+            "largest": self.largest,
         }
 
     @classmethod
@@ -111,12 +120,15 @@ class VolumeRecord:
         created = datetime.fromisoformat(value["created"])
         later: JsonObject = {key: value.get(key) for key in ("stamp", "rollback", "receiving")}
         base, deleting = value.get("base"), value.get("deleting", False)
+        resizing, largest = value.get("resizing", False), value.get("largest", 0)
         return cls(
             number=number,
             created=created,
             base=None if base is None else (base[0], base[1]),
             deleting=deleting,
             replica=bool(value.get("replica")),
+            resizing=resizing,
+            largest=largest,
             **later,
             **fields,
         )

@@ -47,7 +47,7 @@ class RedirectedVolume(Volume):
 
     def writes_now(self, writes: Sequence[tuple[int, memoryview]]) -> list[bool]:
         with self.lock:
-            return self._put_now(writes) if self._gate_open else [False] * len(writes)
+            return self._put_now(writes)
 
     def _put_now(self, writes: Sequence[tuple[int, memoryview]]) -> list[bool]:
         """Under ``lock``: write in place, or into the log."""
@@ -55,7 +55,11 @@ class RedirectedVolume(Volume):
         later: list[int] = []
         for position, (offset, data) in enumerate(writes):
             end = offset + len(data)
-            if len(data) > NOW_LIMIT or ((offset | end) & (CHUNK - 1) and not self._edges_cached(offset, end)):
+            if (
+                end > self._limit
+                or len(data) > NOW_LIMIT
+                or ((offset | end) & (CHUNK - 1) and not self._edges_cached(offset, end))
+            ):
                 continue
             first, stop = offset >> CHUNK_SHIFT, chunk_count(end)
             runs = self._writable(first, stop)
@@ -108,7 +112,7 @@ class RedirectedVolume(Volume):
         with self.lock:
             refusal = self._refusal
             done = False
-            if self._gate_open and op.kind == OpKind.WRITE and op.length <= NOW_LIMIT:
+            if op.kind == OpKind.WRITE and op.length <= NOW_LIMIT:
                 assert op.data is not None
                 (done,) = self._put_now(((op.offset, memoryview(op.data)),))
             if not done and refusal is None:

@@ -63,6 +63,9 @@ ARRIVE_INTENTS = 128
 RETIRE_CHUNKS = 512
 """Chunks that are marked under the lock at a time: some tens of microseconds."""
 
+CLOSED = -1
+"""As the place where writes have to end: no write does."""
+
 NOW_LIMIT = 256 << 10
 """Bytes: a longer write is copied on a worker thread, so that the caller's does not stand still for long."""
 
@@ -111,7 +114,9 @@ class Volume(VolumeState):
         self._preadv = io.preadv
         self._preserver = preserver
         self._workers = workers
-        self._gate_open = True
+        self._limit = record.size
+        """Where writes that need nothing of the preserver have to end: the volume's end, or before its beginning while
+        the gate is closed."""
         self._exclusive: ChunkBits | None = None
         self.intents = IntentSet(chunk_count(record.size))
         self.stalled: BaseException | None = None
@@ -209,13 +214,14 @@ class Volume(VolumeState):
         later: list[int] = []
         """Positions of those that go to the log."""
         with self.lock:
-            if not self._gate_open:
+            limit = self._limit
+            if limit < 0:
                 return done
             exclusive = self._exclusive
             bits = None if exclusive is None else exclusive.bits
             for position, (offset, data) in enumerate(writes):
                 length = len(data)
-                if length > NOW_LIMIT:
+                if length > NOW_LIMIT or offset + length > limit:
                     continue
                 if (offset | length) & (CHUNK - 1) and not self._edges_cached(offset, offset + length):
                     continue
@@ -277,10 +283,11 @@ class Volume(VolumeState):
     def _submit(self, op: Op, *, edges_read: bool) -> None:
         with self.lock:
             refusal = self._refusal
-            in_place = self._gate_open and self._is_exclusive(op)
+            may_go = op.offset + op.length <= self._limit
+            in_place = may_go and self._is_exclusive(op)
             if in_place:
                 self._writers += 1
-            may_log = self._gate_open and not in_place and op.kind == OpKind.WRITE
+            may_log = may_go and not in_place and op.kind == OpKind.WRITE
             cold = may_log and not edges_read and not self._edges_cached(op.offset, op.offset + op.length)
             logged = may_log and not cold and self._log(op)
             if not (in_place or cold or logged) and refusal is None:
@@ -414,12 +421,21 @@ class Volume(VolumeState):
     def close_gate(self) -> None:
         """From the return of this on, only the preserver's thread changes the volume."""
         with self.lock:
-            self._gate_open = False
+            self._limit = CLOSED
             self._idle.wait_for(lambda: self._writers == 0)
 
     def open_gate(self) -> None:
         with self.lock:
-            self._gate_open = self.failure is None
+            self._limit = self.size if self.failure is None else CLOSED
+
+    def resized(self) -> None:
+        """The record has another size.  With a closed gate, and no intents."""
+        assert not self.intents
+        intents = IntentSet(chunk_count(self.size))
+        intents.last_sequence = self.intents.last_sequence
+        with self.lock:
+            self.intents = intents
+        self.forget_exclusive()
 
     def park(self) -> None:
         """Close the gate, and let all operations wait that come from now on, until :meth:`unpark`."""
@@ -567,7 +583,7 @@ class Volume(VolumeState):
         log.error("volume %s takes no more writes: %s", self.name, why)
         with self.lock:
             self.failure = why
-            self._gate_open = False
+            self._limit = CLOSED
 
     def close(self) -> None:
         self.origin.close()

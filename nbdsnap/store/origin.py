@@ -72,6 +72,16 @@ class Origin:
         """Whether the file may have holes; of a block device that can't be known."""
         return not self.is_block_device and self._io.allocated_bytes(self.fd) < self._io.size(self.fd)
 
+    def real_size(self) -> int:
+        """Bytes that the file or device has now."""
+        return self._io.size(self.fd)
+
+    def truncate(self, size: int) -> None:
+        """Cut the file, or lengthen it by a hole; durably."""
+        self._io.truncate(self.fd, size)
+        self._io.fsync(self.fd)
+        self.size = size
+
     def will_need(self, offset: int, length: int) -> None:
         self._io.will_need(self.fd, offset, length)
 

@@ -27,11 +27,10 @@ def server(start_server: StartServer, tmp_path: Path) -> Server:
     return start_server([Volume("vol", tmp_path / "vol.img", VOLUME_SIZE)])
 
 
-def attach(machine: Machine, port: int, export: str, device: str, *options: str) -> None:
+def attach(machine: Machine, port: int, export: str, device: str, *options: str, size: int = VOLUME_SIZE) -> None:
     """nbd-client inside the machine; its device has its size when this returns."""
     machine.run(f"nbd-client {HOST} {port} {device} -N {export} {' '.join(options)}")
-    size = int(machine.run(f"blockdev --getsize64 {device}"))
-    assert size == VOLUME_SIZE
+    assert int(machine.run(f"blockdev --getsize64 {device}")) == size
 
 
 def detach(machine: Machine, device: str) -> None:
@@ -186,4 +185,23 @@ def test_snapshots_of_a_busy_file_system(server: Server, machine: Machine, tmp_p
             machine.run(f"cd /mnt && sha256sum -c -s /tmp/{number}.sha256 && test $(ls synced | wc -l) = {number + 1}")
             machine.run("umount /mnt")
             detach(machine, "/dev/nbd1")
+    assert_no_kernel_complaint(machine)
+
+
+def test_a_volume_that_grows(server: Server, machine: Machine) -> None:
+    """The kernel sees the new size when it connects again; a snapshot from before keeps its own."""
+    attach(machine, server.port, "vol", "/dev/nbd0", "-b 4096")
+    machine.run("yes old | dd of=/dev/nbd0 bs=4096 count=100 conv=fsync 2>/dev/null")
+    server.cli("snapshot", "create", "vol@small")
+    server.cli("volume", "resize", "vol", str(2 * VOLUME_SIZE))
+    machine.run("yes new | dd of=/dev/nbd0 bs=4096 count=1 conv=fsync 2>/dev/null")
+    detach(machine, "/dev/nbd0")
+    attach(machine, server.port, "vol", "/dev/nbd0", "-b 4096", size=2 * VOLUME_SIZE)
+    end = 2 * VOLUME_SIZE // 4096 - 1
+    machine.run(f"yes end | dd of=/dev/nbd0 bs=4096 count=1 seek={end} conv=fsync 2>/dev/null")
+    assert machine.run(f"dd if=/dev/nbd0 bs=4096 count=1 skip={end} 2>/dev/null | head -c 3") == "end"
+    attach(machine, server.port, "vol@small", "/dev/nbd1", "-b 4096")
+    assert machine.run("head -c 3 /dev/nbd1") == "old"
+    detach(machine, "/dev/nbd0")
+    detach(machine, "/dev/nbd1")
     assert_no_kernel_complaint(machine)

@@ -282,6 +282,18 @@ def test_two_volumes_on_one_file(cli: Cli, tmp_path: Path) -> None:
     assert "volume vol" in cli("volume", "create", "new", "--origin", tmp_path / "other.img", code=5).err
 
 
+def test_volume_resize(cli: Cli, tmp_path: Path) -> None:
+    cli("snapshot", "create", "vol@a")
+    assert cli("volume", "resize", "vol", "2GiB").out == "vol: 2GiB\n"
+    assert cli("volume", "list", "--json").json[0]["size"] == 2 << 30 == (tmp_path / "vol.img").stat().st_size
+    assert "--shrink" in cli("volume", "resize", "vol", "1MiB", code=2).err
+    assert cli("volume", "resize", "vol", "1MiB", "--shrink", "--json").json["size"] == 1 << 20
+    assert cli("snapshot", "list", "vol", "--json").json[0]["size"] == 1 << 30
+    cli("volume", "resize", "nothing", "1MiB", code=4)
+    cli("volume", "resize", "vol", "much", code=2)
+    cli("volume", "resize", "vol", "0", code=2)
+
+
 def test_wrong_configuration(local_cli: Cli) -> None:
     local_cli.config.write_text("[sever]\n")
     assert "unknown key" in local_cli("volume", "list", code=3).err
