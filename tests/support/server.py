@@ -38,7 +38,7 @@ STOP_TIMEOUT_S = 30.0
 COMMAND_TIMEOUT_S = 60.0
 
 _READY = re.compile(
-    r"^ready nbd://127\.0\.0\.1:(?P<port>\d+) nbd\+unix:///\?socket=(?P<socket>\S+) control=(?P<control>\S+)$"
+    r"^ready nbds?://127\.0\.0\.1:(?P<port>\d+) nbds?\+unix:///\?socket=(?P<socket>\S+) control=(?P<control>\S+)$"
 )
 
 
@@ -67,6 +67,7 @@ class Server:
         volumes: Sequence[Volume] = (),
         pool_keys: str = 'log_size = "2MiB"',
         server_keys: str = "",
+        sections: str = "",
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
@@ -80,7 +81,7 @@ class Server:
         self.config.write_text(
             f'[server]\nlisten = ["tcp://127.0.0.1:0", "unix://{self.socket}"]\n'
             f'control = "{self.control}"\n{server_keys}\n'
-            f'[pool]\npath = "{self.pool}"\n{pool_keys}\n' + "".join(volume.toml() for volume in volumes)
+            f'[pool]\npath = "{self.pool}"\n{pool_keys}\n' + "".join(volume.toml() for volume in volumes) + sections
         )
 
     # --- the process ---

@@ -28,6 +28,15 @@ class Authority:
         }
         return TlsConfig.model_validate({"mode": mode, **files, **keys})
 
+    def toml(self, mode: str = "required", **keys: str) -> str:
+        """The ``[tls]`` section of a configuration."""
+        files = {
+            "certificate": str(self.server / "server-cert.pem"),
+            "key": str(self.server / "server-key.pem"),
+            "ca": str(self.server / "ca-cert.pem"),
+        }
+        return "[tls]\n" + "".join(f'{key} = "{value}"\n' for key, value in {"mode": mode, **files, **keys}.items())
+
     def client_context(self, name: str | None = "alice") -> ssl.SSLContext:
         """Of a client that knows this authority and has the certificate of ``name``; None: it has none."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
