@@ -421,6 +421,7 @@ class Receives:
         """Do ``steps`` in place, in one go; raises what the first failure was."""
         self.preserver.run(lambda: self.preserver.execute(volume, [step.op for step in steps]))
         for step in steps:
+            step.op.data = None  # a step and its operation know each other: they are not freed at once
             if step.failure is not None:
                 raise step.failure
 
