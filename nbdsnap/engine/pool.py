@@ -599,8 +599,8 @@ class Pool:
         wanted = [parse_snapshot_name(text) for text in names]
         if len({volume for volume, _ in wanted}) != len(wanted):
             raise UsageError("one volume is named twice", hint="one instant gives one snapshot of a volume")
-        for volume_name, _ in wanted:
-            self._volume(volume_name).sync_in_place()  # the long part, while writes go on
+        volumes = [self._volume(volume_name) for volume_name, _ in wanted]
+        list(self._workers.map(_sync_early, volumes))  # the long part, while writes go on
         return self._preserver.run(lambda: self._take(wanted))
 
     def _take(self, wanted: list[tuple[str, str]]) -> list[SnapshotInfo]:
@@ -628,7 +628,7 @@ class Pool:
                 volume.close_gate()
             self._preserver.drain(volumes)
             for volume in volumes:
-                volume.sync_in_place()
+                volume.sync_latest()
             self._index.update(change)
             with self._lock:
                 for volume, record, snapshot in zip(volumes, bumped, taken, strict=True):
@@ -858,6 +858,10 @@ class Pool:
     def _newer_record(self, volume: int, record: Record) -> Record | None:
         with self._index.read() as reader:
             return reader.cursor(volume).around(record.chunk, record.epoch)[1]
+
+
+def _sync_early(volume: Volume) -> None:
+    volume.sync_in_place()
 
 
 def _nothing() -> None:

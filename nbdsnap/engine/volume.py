@@ -579,6 +579,12 @@ class Volume(VolumeState):
                 raise
             self._synced = written
 
+    def sync_latest(self) -> None:
+        """Likewise, where anything was written since the last good sync.  With a closed gate, and no intent: what the
+        preserver writes for those is not counted."""
+        if self._written != self._synced or self.failure is not None:
+            self.sync_in_place()
+
     def fail(self, why: str) -> None:
         log.error("volume %s takes no more writes: %s", self.name, why)
         with self.lock:

@@ -53,7 +53,7 @@ RETRY_S = 0.01
 
 SCENARIOS = ("plain", "faults", "full")
 
-SYNC_HELPERS = ("sync", "sync_in_place", "_sync_now", "_write_header", "fdatasync")
+SYNC_HELPERS = ("sync", "sync_in_place", "sync_latest", "_sync_now", "_write_header", "fdatasync")
 """Functions whose callers say more about why they sync."""
 
 OPERATIONS_PER_RUN = 1_000_000

@@ -18,7 +18,7 @@ STAGES = 2
 WORKERS = 2
 
 HARMLESS = {
-    "engine.pool.snapshot_create": "syncs early what the snapshot itself syncs again, while writes go on",
+    "engine.pool._sync_early": "syncs early what the snapshot itself syncs again, while writes go on",
     "store.intentlog._create: directory": "the pool's folder is synced once more, right after",
     "store.intentlog._create": "nothing is in the log yet; what comes is synced with its header",
     "store.intentlog._make_ring": "likewise",

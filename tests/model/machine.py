@@ -285,7 +285,10 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.target.can_be_killed() and self._names())
     @rule(data=st.data(), delay_ms=st.integers(0, 25))
     def kill(self, data: st.DataObject, delay_ms: int) -> None:
-        """In the middle of a command: it was done, or not at all; and nothing that was acknowledged is lost."""
+        """In the middle of a command: it was done, or not at all; and nothing that was acknowledged is lost.
+
+        Where it was not, it is done now: what follows must not depend on the moment.
+        """
         closed = [name for name in self._names() if name not in self.opened]
         kinds = ["snapshot", "rollback", "delete"] if closed else ["snapshot", "rollback"]
         kind = data.draw(st.sampled_from(kinds))
@@ -293,30 +296,29 @@ class PoolMachine(RuleBasedStateMachine):
             name = f"s{self._next()}"
             group = [f"{volume}@{name}" for volume in SIZES]
             acknowledged = self._kill_during(lambda: self.target.snapshot_create(group), delay_ms)
-            there = self._all_or_none(group)
-            assert there or not acknowledged
-            if there:
-                for model in self.volumes.values():
-                    model.snapshots[name] = model.live.copy(), model.operated.copy()
+            if not self._all_or_none(group):
+                assert not acknowledged
+                self.target.snapshot_create(group)
+            for model in self.volumes.values():
+                model.snapshots[name] = model.live.copy(), model.operated.copy()
         elif kind == "delete":
             doomed = data.draw(st.lists(st.sampled_from(closed), min_size=1, max_size=4, unique=True))
             acknowledged = self._kill_during(lambda: self.target.snapshot_delete(doomed), delay_ms)
-            there = self._all_or_none(doomed)
-            assert not (there and acknowledged)
-            if not there:
-                self._forget(doomed)
+            if self._all_or_none(doomed):
+                assert not acknowledged
+                self.target.snapshot_delete(doomed)
+            self._forget(doomed)
             wait_until(self._has_nothing_unneeded, "the space of deleted snapshots to be given back")
         else:
             volume, _, name = data.draw(st.sampled_from(self._names())).partition("@")
             acknowledged = self._kill_during(lambda: self.target.rollback(f"{volume}@{name}", force=True), delay_ms)
             model = self.volumes[volume]
             found = read(self._live(volume), 0, SIZES[volume])
-            if acknowledged or found != model.live.read(0, SIZES[volume]):
-                self._roll_back_model(volume, name)
-            elif not model.live.differing(model.snapshots[name][0]):
-                self.target.rollback(f"{volume}@{name}", force=True)  # no one can tell whether it has happened
-                self._roll_back_model(volume, name)
-            assert found == model.live.read(0, SIZES[volume])
+            if found == model.live.read(0, SIZES[volume]):  # as before, or there is no difference
+                assert not (acknowledged and model.live.differing(model.snapshots[name][0]))
+                self.target.rollback(f"{volume}@{name}", force=True)
+            self._roll_back_model(volume, name)
+            assert read(self._live(volume), 0, SIZES[volume]) == model.live.read(0, SIZES[volume])
         assert {f"{info.volume}@{info.name}" for info in self.target.snapshot_list()} == set(self._names())
 
     def _kill_during(self, command: Callable[[], object], delay_ms: int) -> bool:
@@ -332,8 +334,6 @@ class PoolMachine(RuleBasedStateMachine):
         threading.Event().wait(delay_ms / 1000)  # the moment of the kill is what this rule is about
         self.target.kill()
         thread.join()
-        for device in [device for devices in self.live.values() for device in devices] + [*self.opened.values()]:
-            device.close()
         self.live.clear()
         self.opened.clear()
         self.target.start()

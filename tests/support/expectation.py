@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tests.support.history import Change, History, HistoryError, content
+from tests.support.history import Change, History, HistoryError, Instant, content
 
 Events = Iterable[tuple[int, dict[str, Any]]]
 """``(time, fields)``, ascending."""
@@ -87,14 +87,20 @@ class Expectation:
             self.snapshots.enter(time, event, fields["names"])
 
     def check_instants(self) -> None:
-        """Each snapshot, as it was read, is one instant of its volume."""
-        for name in self.images.keys() & self.snapshots.created.keys():
-            image = self.images[name]
-            history = self.volumes[name.partition("@")[0]]
+        """Each group of snapshots that were taken together, as they were read, is one instant of all its volumes."""
+        for group in self.snapshots.groups:
+            together = Instant()
             try:
-                history.check_snapshot(image, self.snapshots.create[name], self.snapshots.created[name])
+                for name in group:
+                    if name in self.images and name in self.snapshots.created:
+                        together.include(self._check_instant(name))
+                together.check()
             except HistoryError as error:
-                raise HistoryError(f"snapshot {name}: {error}") from None
+                raise HistoryError(f"snapshots {group}: {error}") from None
+
+    def _check_instant(self, name: str) -> Instant:
+        history = self.volumes[name.partition("@")[0]]
+        return history.check_snapshot(self.images[name], self.snapshots.create[name], self.snapshots.created[name])
 
     def order(self, name: str) -> int:
         """A key that sorts snapshots by age."""

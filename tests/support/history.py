@@ -50,6 +50,29 @@ class Change:
         return self.data[low - self.offset : high - self.offset]
 
 
+@dataclass
+class Instant:
+    """Of the operations that were under way when a snapshot was taken: those that are in it, and those that are not, or
+    not whole."""
+
+    seen: list[Change] = field(default_factory=list)
+    missing: list[Change] = field(default_factory=list)
+
+    def include(self, other: Instant) -> None:
+        self.seen += other.seen
+        self.missing += other.missing
+
+    def check(self) -> None:
+        """No operation is missing that was acknowledged before one was begun that is there."""
+        latest = max(self.seen, key=lambda change: change.begin, default=None)
+        for change in self.missing:
+            if latest is not None and change.end < latest.begin:
+                raise HistoryError(
+                    f"operation {latest.number} is in the snapshot, and {change.number} is not, "
+                    "which was acknowledged before the other was begun"
+                )
+
+
 Predicate = Callable[[Change], bool]
 
 
@@ -80,10 +103,16 @@ class History:
         """``image`` is what the volume holds after its server was killed at ``time``: all that was acknowledged."""
         self.check(image, surely=lambda change: change.end < time, maybe=lambda change: change.begin < time)
 
-    def check_snapshot(self, image: bytes, begin: int, end: int) -> None:
-        """``image`` is a snapshot that was taken between ``begin`` and ``end``: the volume as it was at one instant."""
+    def check_snapshot(self, image: bytes, begin: int, end: int) -> Instant:
+        """``image`` is a snapshot that was taken between ``begin`` and ``end``: the volume as it was at one instant.
+
+        Several that were taken together are at one if all of their :class:`Instant` s together are.
+        """
         self.check(image, surely=lambda change: change.end < begin, maybe=lambda change: change.begin < end)
-        self._check_instant(image, [change for change in self.changes if change.begin < end and change.end >= begin])
+        under_way = [change for change in self.changes if change.begin < end and change.end >= begin]
+        instant = self._instant(image, under_way)
+        instant.check()
+        return instant
 
     # --- how it is checked ---
 
@@ -145,25 +174,18 @@ class History:
                 return f"they are of operation {change.number}, begun {change.begin}, ended {change.end}"
         return "they are zeroes" if not any(found) else "they are of no operation here"
 
-    def _check_instant(self, image: bytes, under_way: list[Change]) -> None:
-        """No operation is missing that was acknowledged before one was begun that is there."""
-        latest_seen: Change | None = None
-        missing: list[Change] = []
+    def _instant(self, image: bytes, under_way: list[Change]) -> Instant:
+        instant = Instant()
         for change in under_way:
             for low, high in _alone(change, under_way):
                 before = self._floor[low:high]
                 if change.part(low, high) == before:
                     continue
-                if image[low:high] != before and (latest_seen is None or change.begin > latest_seen.begin):
-                    latest_seen = change
+                if image[low:high] != before:
+                    instant.seen.append(change)
                 if image[low:high] != change.part(low, high):
-                    missing.append(change)
-        for change in missing:
-            if latest_seen is not None and change.end < latest_seen.begin:
-                raise HistoryError(
-                    f"operation {latest_seen.number} is in the snapshot, and {change.number} is not, "
-                    "which was acknowledged before the other was begun"
-                )
+                    instant.missing.append(change)
+        return instant
 
 
 def _alone(change: Change, others: Iterable[Change]) -> list[tuple[int, int]]:

@@ -160,6 +160,10 @@ class NbdDevice:
         with self._lock:
             if self._broken is None:
                 self._client.sock.sendall(self._client.request(nbdwire.DISC))
+        self.abandon()
+
+    def abandon(self) -> None:
+        """The server has closed the connection, or is about to, or was killed."""
         self._receiver.join(REPLY_TIMEOUT_S)
         assert not self._receiver.is_alive(), "the server does not close after NBD_CMD_DISC"
         self._client.close()

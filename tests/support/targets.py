@@ -142,6 +142,7 @@ class ServerTarget:
         self._lock = threading.Lock()
         self._connections = 0
         self._open: Counter[str] = Counter()
+        self._devices: set[NbdDevice] = set()
         volumes = [Volume(name, self.raw(name), size) for name, size in sizes.items()]
         self.server = Server(folder, volumes)
         self._start()
@@ -159,7 +160,9 @@ class ServerTarget:
             self._open[name] += 1
             number = self._connections
         try:
-            return self.connect(name, number, bases)
+            device = self.connect(name, number, bases)
+            self._devices.add(device)
+            return device
         except RefusedError as error:
             with self._lock:
                 self._open[name] -= 1
@@ -175,7 +178,9 @@ class ServerTarget:
     def close(self, device: Device) -> None:
         """The server, too, must see that it is closed, before anything else is asked of it."""
         device.close()
+        assert isinstance(device, NbdDevice)
         with self._lock:
+            self._devices.discard(device)
             self._open[device.name] -= 1
         wait_until(lambda: self._is_closed(device.name), f"the server to see that {device.name} is closed")
 
@@ -220,6 +225,9 @@ class ServerTarget:
 
     def kill(self) -> None:
         self.server.kill()
+        for device in list(self._devices):
+            device.abandon()
+        self._devices.clear()
 
     def start(self) -> None:
         self._close_control()
