@@ -4,6 +4,10 @@ A deletion has two parts.  *Marking* is one transaction: from then on the snapsh
 crash too.  *Reclaiming* frees what only they needed, in steps of one transaction each
 (:mod:`nbdsnap.engine.reclaim`), between which writes go on.  What one process leaves undone, the next one does.
 
+All that is under way is reclaimed by one thread, a step of each in turn, so a small deletion does not wait for a large
+one.  While clients are connected it rests after each step for PAUSES times as long as that took: they share the disks,
+the preserver and the interpreter with it.
+
 When the store is full
 ----------------------
 With ``on_full = "drop-snapshots"``, a write that finds no room for what it must preserve has it made
@@ -11,16 +15,19 @@ With ``on_full = "drop-snapshots"``, a write that finds no room for what it must
 time, until there is room.  The lowest priority goes first, then the oldest; never one that is held, open, or of
 priority KEEP.  Reclaiming goes only as far as is needed at once: the rest follows between the next batches.
 
-All of it but :meth:`reclaim` and :meth:`resume` happens on the preserver's thread.
+All steps happen on the preserver's thread.  :meth:`start`, :meth:`resume` and :meth:`stop` are for any other.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from nbdsnap.engine import accounting
 from nbdsnap.engine.preserver import Preserver
@@ -37,20 +44,27 @@ MIN_PRIORITY = -128
 KEEP = 127
 """The highest priority: such a snapshot is never dropped."""
 
+PAUSES = 1.5
+"""How long to rest after a step while clients are connected, in terms of the step.  benchmarks/bulkdelete.py measures
+what they notice."""
+
 Doomed = dict[VolumeState, list[SnapshotRecord]]
 """Snapshots to be deleted, by volume, ascending by epoch."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Reclaiming:
-    """A deletion under way: what is ``left`` to be looked at.  A step that fails leaves it as it is."""
+    """A deletion under way: what is ``left`` to be looked at.  A step that fails leaves it as it is, and ends ``done``
+    with its error."""
 
     volume: str
     left: list[Part]
+    done: Future[None] = field(default_factory=Future)
 
 
 class Deletions:
-    """Of one pool.  ``lock`` is the pool's, ``volumes`` its states, by name."""
+    """Of one pool.  ``lock`` is the pool's, ``volumes`` its states, by name; ``has_clients`` says whether any export is
+    open."""
 
     def __init__(
         self,
@@ -59,15 +73,20 @@ class Deletions:
         index: Index,
         store: ChunkStore,
         preserver: Preserver,
-        workers: Executor,
+        has_clients: Callable[[], bool],
     ) -> None:
         self._lock = lock
         self._volumes = volumes
         self._index = index
         self._store = store
         self._preserver = preserver
-        self._workers = workers
+        self._has_clients = has_clients
         self._under_way: list[Reclaiming] = []
+        self._queue: deque[Reclaiming] = deque()
+        """Of those, what the thread takes its next step from; under ``_wake``."""
+        self._wake = threading.Condition()
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def would_free(self, doomed: Doomed) -> int:
         """Bytes."""
@@ -111,32 +130,59 @@ class Deletions:
 
     # Reclaiming
 
-    def reclaim(self, volume: str, doomed: list[SnapshotRecord]) -> None:
-        """Free what only ``doomed`` (marked; ascending) of that volume needed.  On any thread but the preserver's."""
-        self._finish(self._begin(volume, doomed))
+    def start(self, volume: str, doomed: list[SnapshotRecord]) -> Future[None]:
+        """Begin to free what only ``doomed`` (marked; ascending) of that volume needed, beside everything else.
 
-    def reclaim_later(self, volume: str, doomed: list[SnapshotRecord]) -> None:
-        """The same in the background.  On any thread."""
-        self._workers.submit(self._go_on, self._begin(volume, doomed))
+        The result comes when all is free, or when that has to wait for the next start.
+        """
+        work = self._begin(volume, doomed)
+        work.done.add_done_callback(partial(_log_failure, work))
+        with self._wake:
+            self._queue.append(work)
+            self._wake.notify()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._loop, name="reclaim", daemon=True)
+                self._thread.start()
+        return work.done
 
     def resume(self) -> None:
         """Go on with what an earlier process began, beside everything else."""
         for name, state in list(self._volumes.items()):
             if state.deleting:
-                self._workers.submit(self._go_on, self._begin(name, list(state.deleting)))
+                self.start(name, list(state.deleting))
 
-    def _go_on(self, work: Reclaiming) -> None:
-        """As far as time allows."""
-        try:
-            self._finish(work)
-        except ConflictError:
-            log.info("volume %s: the deletion of snapshots goes on at the next start", work.volume)
-        except (OSError, NbdsnapError) as error:
-            log.error("volume %s: the space of deleted snapshots is not given back: %s", work.volume, error)
+    def stop(self) -> None:
+        """After the preserver has stopped: what is left is the next start's."""
+        with self._wake:
+            self._stopping.set()
+            self._wake.notify()
+        if self._thread is not None:
+            self._thread.join()
 
-    def _finish(self, work: Reclaiming) -> None:
-        while self._preserver.run(lambda: self._step(work)):
-            pass
+    def _loop(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._queue or self._stopping.is_set())
+                if not self._queue:
+                    return
+                work = self._queue.popleft()
+            try:
+                seconds, more = self._preserver.run(partial(self._timed_step, work))
+            except BaseException as error:
+                work.done.set_exception(error)
+                continue
+            if more:
+                with self._wake:
+                    self._queue.append(work)
+            else:
+                work.done.set_result(None)
+            if self._has_clients():
+                self._stopping.wait(seconds * PAUSES)
+
+    def _timed_step(self, work: Reclaiming) -> tuple[float, bool]:
+        began = time.monotonic()
+        more = self._step(work)
+        return time.monotonic() - began, more
 
     def _begin(self, volume: str, doomed: list[SnapshotRecord]) -> Reclaiming:
         work = Reclaiming(volume, parts([snapshot.epoch for snapshot in doomed], self._volumes[volume].epochs))
@@ -187,7 +233,7 @@ class Deletions:
                     snapshot.priority,
                     snapshot.created.isoformat(timespec="seconds"),
                 )
-            self.reclaim_later(state.name, snapshots)
+            self.start(state.name, snapshots)
         return bool(doomed)
 
     def _choose(self) -> Doomed:
@@ -206,6 +252,14 @@ class Deletions:
         _, _, epoch, name = min(found)
         state = self._volumes[name]
         return {state: [snapshot for snapshot in state.snapshots if snapshot.epoch == epoch]}
+
+
+def _log_failure(work: Reclaiming, done: Future[None]) -> None:
+    error = done.exception()
+    if isinstance(error, ConflictError):
+        log.info("volume %s: the deletion of snapshots goes on at the next start", work.volume)
+    elif error is not None:
+        log.error("volume %s: the space of deleted snapshots is not given back: %s", work.volume, error)
 
 
 def check_deletable(state: VolumeState, snapshot: SnapshotRecord) -> None:

@@ -117,6 +117,7 @@ class Pool:
         self._io = io
         self._lock = threading.RLock()
         self._volumes: dict[str, VolumeState] = {}
+        self._open_devices = 0
         self._pool_lock = PoolLock(io, path)
         with contextlib.ExitStack() as undo:
             undo.callback(self._pool_lock.release)
@@ -135,7 +136,7 @@ class Pool:
             self._space = Space(self._store, options.warn_at, options.log_size)
             self._preserver = Preserver(self._index, self._store, self._log, self._space, self._stranded)
             self._deletions = Deletions(
-                self._lock, self._volumes, self._index, self._store, self._preserver, self._workers
+                self._lock, self._volumes, self._index, self._store, self._preserver, lambda: self._open_devices > 0
             )
             self._clones = Clones(
                 self._lock, self._volumes, self._index, self._store, io, self._preserver, self._workers
@@ -178,6 +179,7 @@ class Pool:
     def close(self) -> None:
         """Finish what is under way, make it durable, and give the pool back."""
         self._preserver.stop()
+        self._deletions.stop()
         self._workers.shutdown()
         settled: list[Volume] = []
         for volume in self._live_volumes():
@@ -360,6 +362,7 @@ class Pool:
                 with contextlib.suppress(OSError):  # without the log, writes wait for what they preserve
                     self._log.wake()
                 volume.connections += 1
+                self._open_devices += 1
                 device: Device = LiveDevice(volume, maps, lambda: self._closed([volume, *used]))
             else:
                 device = self._open_snapshot(volume, snapshot, maps, used)
@@ -376,6 +379,7 @@ class Pool:
     ) -> Device:
         """``used``: the bases of ``maps``, which its end is the end of using."""
         snapshot.connections += 1
+        self._open_devices += 1
         return self._clones.open_snapshot(volume, snapshot, maps, lambda: self._closed([snapshot, *used]))
 
     def _base(self, volume: Volume, snapshot: SnapshotRecord | None, name: str) -> SnapshotRecord:
@@ -408,6 +412,7 @@ class Pool:
         with self._lock:
             for one in opened:
                 one.connections -= 1
+            self._open_devices -= 1
 
     # Volumes
 
@@ -655,7 +660,7 @@ class Pool:
         if not dry_run:
             marked = self._preserver.run(lambda: self._deletions.mark(lambda: self._deletable(names)))
             for state, snapshots in marked.items():
-                self._deletions.reclaim(state.name, snapshots)
+                self._deletions.start(state.name, snapshots).result()
         return SnapshotDeletion(names=list(names), freed_bytes=freed)
 
     def _deletable(self, names: Sequence[str]) -> Doomed:

@@ -378,7 +378,7 @@ class Receives:
         stage = find_stage(volume)
         if stage is not None:
             self.preserver.run(lambda: self.deletions.mark(lambda: {volume: [stage]}))
-            self.deletions.reclaim_later(volume.name, [stage])
+            self.deletions.start(volume.name, [stage])
 
     def finish(self, volume: Volume, arrival: Arrival, name: str) -> SnapshotRecord:
         """All has come and was verified: it is the volume's content, and a snapshot, from here on."""
@@ -412,7 +412,7 @@ class Receives:
         assert view is not None
         view.close()
         if stage is not None:
-            self.deletions.reclaim_later(volume.name, [stage])
+            self.deletions.start(volume.name, [stage])
         return snapshot
 
     # In between

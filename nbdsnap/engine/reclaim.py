@@ -26,8 +26,8 @@ from nbdsnap.store import chunkset
 from nbdsnap.store.index import Index, IndexWriter, Record
 from nbdsnap.store.layout import BLOCK, BLOCK_SHIFT
 
-SLICE_CHUNKS = 4096
-"""Chunks looked at in one transaction, a block at least: some tens of milliseconds in which writes wait."""
+SLICE_CHUNKS = 1024
+"""Chunks looked at in one transaction, a block at least: some milliseconds in which writes wait."""
 
 
 END_OF_EPOCHS = 1 << 32
