@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.peers import VOLUME, Nbdsnap, PeerError, Place, uri
+from benchmarks.peers import VOLUME, Nbdsnap, Place, uri
 from benchmarks.pipeline import Pipeline, PipelineError, Schedule, connect, offsets_of
+from benchmarks.procs import PeerError
 from benchmarks.seedpool import CHUNK, snapshot_name
 from benchmarks.stats import percentile
 from nbdsnap import operations
@@ -108,7 +109,7 @@ def measure(place: Place, snapshots: int, commands: int) -> tuple[list[dict[str,
             for number in range(commands):
                 quiet.append(_during(lambda: time.sleep(PAUSE_S)))
                 names = [f"{VOLUME}@{snapshot_name(n)}" for n in range(number * each, (number + 1) * each)]
-                busy.append(_during(lambda names=names: _delete(client, names)))  # type: ignore[misc]
+                busy.append(_during(lambda names=names: _delete(client, names)))
             quiet.append(_during(lambda: time.sleep(PAUSE_S)))
             results = {name: load.result() for name, load in loads.items()}
     finally:

@@ -81,6 +81,8 @@ class StoreStatus(BaseModel):
     index_bytes: int
     free_bytes: int = 0
     """What the store can still take, by its limit and its file system."""
+    reclaiming_bytes: int = 0
+    """Of the used ones: what deletions under way have yet to give back."""
     warning: str | None = None
     """Set where it is fuller than the configuration wants to be told."""
 

@@ -130,6 +130,7 @@ class SnapshotList(Request):
 class SnapshotDelete(Request):
     names: Names
     dry_run: bool = False
+    wait: bool = True
 
 
 class SnapshotNames(Request):
@@ -194,6 +195,12 @@ class CheckScope(Request):
 class Progress(BaseModel):
     done: int
     total: int
+
+
+class Reclaimed(BaseModel):
+    """What was still to be given back when the operation began."""
+
+    bytes: int
 
 
 class DiffExtents(BaseModel):
@@ -419,10 +426,19 @@ SNAPSHOT_LIST: Operation[SnapshotList, list[SnapshotInfo]] = Operation(
 )
 SNAPSHOT_DELETE: Operation[SnapshotDelete, SnapshotDeletion] = Operation(
     "snapshot.delete",
-    "Delete snapshots: all or none. With `dry_run`, only say what that would free.",
+    "Delete snapshots: all or none. With `dry_run`, only say what that would free. "
+    "Without `wait`, their space is given back after the answer.",
     SnapshotDelete,
     SnapshotDeletion,
-    lambda pool, request, _: pool.snapshot_delete(request.names, dry_run=request.dry_run),
+    lambda pool, request, _: pool.snapshot_delete(request.names, dry_run=request.dry_run, wait=request.wait),
+)
+SNAPSHOT_RECLAIM: Operation[Nothing, Reclaimed] = Operation(
+    "snapshot.reclaim",
+    "Wait until the space of deleted snapshots has been given back.",
+    Nothing,
+    Reclaimed,
+    lambda pool, _, emit: Reclaimed(bytes=pool.reclaim(_progress_to(emit))),
+    Progress,
 )
 SNAPSHOT_HOLD: Operation[SnapshotNames, list[SnapshotInfo]] = Operation(
     "snapshot.hold",
@@ -517,6 +533,7 @@ OPERATIONS: dict[str, Operation[Any, Any]] = {
         SNAPSHOT_CREATE,
         SNAPSHOT_LIST,
         SNAPSHOT_DELETE,
+        SNAPSHOT_RECLAIM,
         SNAPSHOT_HOLD,
         SNAPSHOT_RELEASE,
         SNAPSHOT_PRIORITY,

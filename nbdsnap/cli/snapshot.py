@@ -10,6 +10,7 @@ from nbdsnap.cli.context import Context, pass_context
 from nbdsnap.cli.names import complete_new_snapshot, complete_snapshots, complete_volumes
 from nbdsnap.cli.options import Group, dry_run_option, json_option
 from nbdsnap.cli.output import Column, format_time, print_json, print_table
+from nbdsnap.cli.progress import progress_bar
 from nbdsnap.models import SnapshotInfo
 from nbdsnap.operations import (
     SNAPSHOT_CREATE,
@@ -17,7 +18,9 @@ from nbdsnap.operations import (
     SNAPSHOT_HOLD,
     SNAPSHOT_LIST,
     SNAPSHOT_PRIORITY,
+    SNAPSHOT_RECLAIM,
     SNAPSHOT_RELEASE,
+    Nothing,
     SnapshotCreate,
     SnapshotDelete,
     SnapshotList,
@@ -106,17 +109,24 @@ def print_snapshots(snapshots: Sequence[SnapshotInfo]) -> None:
 
 @snapshot.command("delete")
 @click.argument("names", metavar="VOLUME@NAME...", nargs=-1, required=True, shell_complete=complete_snapshots)
+@click.option("--background", is_flag=True, help="Do not wait until their space is given back.")
 @dry_run_option
 @json_option
 @pass_context
-def delete(context: Context, names: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
-    """Delete snapshots: all of them or none. One that is held, or has open connections, stays.
+def delete(context: Context, names: tuple[str, ...], background: bool, dry_run: bool, as_json: bool) -> None:
+    """Delete snapshots: all of them or none. One that is held, has clones or open connections stays.
+
+    They are gone at once. Their space is given back little by little, so that clients do not notice; Ctrl-C ends only
+    the waiting for it.
 
     \b
     Example:
       nbdsnap snapshot delete vol@monday vol@tuesday --dry-run
     """
-    deleted = context.call(SNAPSHOT_DELETE, SnapshotDelete(names=list(names), dry_run=dry_run))
+    deleted = context.call(SNAPSHOT_DELETE, SnapshotDelete(names=list(names), dry_run=dry_run, wait=False))
+    if not (dry_run or background):
+        with progress_bar("giving space back") as on_event:
+            context.call(SNAPSHOT_RECLAIM, Nothing(), on_event)
     if as_json:
         print_json(deleted)
         return

@@ -18,11 +18,15 @@ Usage = Iterable[tuple[int, int, int]]
 
 @dataclass
 class Shares:
-    """Bytes by snapshot, in the order of the epochs asked about, and by how many snapshots share them."""
+    """Bytes by snapshot, in the order of the epochs asked about, and by how many snapshots share them.
+
+    ``unneeded``: those that no snapshot needs, which deletions under way are about to give back.
+    """
 
     exclusive: list[int]
     shared: list[int]
     histogram: dict[int, int]
+    unneeded: int
 
 
 def shares(usage: Usage, epochs: list[int]) -> Shares:
@@ -44,8 +48,8 @@ def shares(usage: Usage, epochs: list[int]) -> Shares:
     for step in steps[:-1]:
         running += step
         shared.append(running)
-    histogram.pop(0, None)  # a deletion is still under way
-    return Shares(exclusive, shared, histogram)
+    unneeded = histogram.pop(0, 0)
+    return Shares(exclusive, shared, histogram, unneeded)
 
 
 def freed_by_deleting(usage: Usage, epochs: list[int], doomed: set[int]) -> int:

@@ -25,6 +25,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -84,6 +85,7 @@ class Deletions:
         self._under_way: list[Reclaiming] = []
         self._queue: deque[Reclaiming] = deque()
         """Of those, what the thread takes its next step from; under ``_wake``."""
+        self._unfinished: set[Future[None]] = set()
         self._wake = threading.Condition()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -137,6 +139,8 @@ class Deletions:
         """
         work = self._begin(volume, doomed)
         work.done.add_done_callback(partial(_log_failure, work))
+        work.done.add_done_callback(self._unfinished.discard)
+        self._unfinished.add(work.done)
         with self._wake:
             self._queue.append(work)
             self._wake.notify()
@@ -150,6 +154,26 @@ class Deletions:
         for name, state in list(self._volumes.items()):
             if state.deleting:
                 self.start(name, list(state.deleting))
+
+    def wait(self, report: Callable[[], None], interval_s: float) -> None:
+        """Until all is free that is to be freed now; ``report`` is called every so often.  Raises what one failed
+        with."""
+        unfinished = set(self._unfinished)
+        while unfinished:
+            done, unfinished = futures.wait(unfinished, interval_s)
+            for one in done:
+                one.result()
+            report()
+
+    def unneeded_bytes(self) -> int:
+        """What they have yet to give back."""
+        unneeded = 0
+        for state in list(self._volumes.values()):
+            with self._index.read() as reader:
+                usage = list(reader.usage(state.record.number))
+            with self._lock:
+                unneeded += accounting.shares(usage, state.epochs).unneeded
+        return unneeded
 
     def stop(self) -> None:
         """After the preserver has stopped: what is left is the next start's."""

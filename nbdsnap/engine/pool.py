@@ -80,6 +80,9 @@ CATCH_UP_S = 1.0
 """Seconds that a report waits for acknowledged writes to be accounted for."""
 
 
+PROGRESS_S = 0.25
+"""Seconds between two looks at how much is left to be given back."""
+
 ON_FULL = ("refuse-writes", "drop-snapshots")
 WARN_AT = (80, 90)
 
@@ -652,16 +655,30 @@ class Pool:
         found = [snapshot for state in states for snapshot in self._status_of(state)[0].snapshots]
         return sorted(found, key=lambda info: info.created)
 
-    def snapshot_delete(self, names: Sequence[str], *, dry_run: bool = False) -> SnapshotDeletion:
-        """Delete snapshots, all or none, and give back what only they needed."""
+    def snapshot_delete(self, names: Sequence[str], *, dry_run: bool = False, wait: bool = True) -> SnapshotDeletion:
+        """Delete snapshots, all or none, and give back what only they needed: in the background, where not ``wait``."""
         doomed = self._deletable(names)
         self._catch_up()
         freed = self._deletions.would_free(doomed)
         if not dry_run:
             marked = self._preserver.run(lambda: self._deletions.mark(lambda: self._deletable(names)))
-            for state, snapshots in marked.items():
-                self._deletions.start(state.name, snapshots).result()
+            started = [self._deletions.start(state.name, snapshots) for state, snapshots in marked.items()]
+            for one in started if wait else ():
+                one.result()
         return SnapshotDeletion(names=list(names), freed_bytes=freed)
+
+    def reclaim(self, progress: Progress | None = None) -> int:
+        """Wait until the space of deleted snapshots is given back, and return how much that was since the call.
+
+        ``progress`` is called with (done, total) bytes."""
+        total = self._deletions.unneeded_bytes()
+
+        def report() -> None:
+            if progress is not None:
+                progress(max(0, total - self._deletions.unneeded_bytes()), total)
+
+        self._deletions.wait(report, PROGRESS_S)
+        return total
 
     def _deletable(self, names: Sequence[str]) -> Doomed:
         """The snapshots of ``names``, each once; refused where one can't be deleted."""
@@ -795,12 +812,14 @@ class Pool:
 
     def status(self) -> PoolStatus:
         self._catch_up()
+        unneeded = 0
         sharing: dict[int, int] = {}
         volumes: list[VolumeStatus] = []
         for _, state in sorted(self._volumes.items()):
-            status, histogram = self._status_of(state)
+            status, shares = self._status_of(state)
             volumes.append(status)
-            for sharers, size in histogram.items():
+            unneeded += shares.unneeded
+            for sharers, size in shares.histogram.items():
                 sharing[sharers] = sharing.get(sharers, 0) + size
         store = StoreStatus(
             used_bytes=self._store.used_bytes,
@@ -809,14 +828,15 @@ class Pool:
             index_bytes=self._index.file_bytes,
             free_bytes=self._space.free_bytes(),
             warning=self._space.warning(),
+            reclaiming_bytes=unneeded,
         )
         shared = [Sharing(shared_by=sharers, bytes=size) for sharers, size in sorted(sharing.items())]
         return PoolStatus(
             path=str(self.path), volumes=volumes, store=store, sharing=shared, problem=self._preserver.obstacle
         )
 
-    def _status_of(self, state: VolumeState) -> tuple[VolumeStatus, dict[int, int]]:
-        """A volume with its snapshots, and its bytes by number of sharers."""
+    def _status_of(self, state: VolumeState) -> tuple[VolumeStatus, accounting.Shares]:
+        """A volume with its snapshots, and who shares how much of what."""
         with self._index.read() as reader:
             usage = list(reader.usage(state.record.number))
             live = None if state.record.origin is not None else reader.live_slots(state.record.number) * CHUNK
@@ -831,7 +851,7 @@ class Pool:
             for info, snapshot in zip(infos, state.visible, strict=True):
                 info.clones = clones.get((state.record.number, snapshot.epoch), [])
             volume = self._volume_info(state).model_dump(exclude={"snapshots"})
-        return VolumeStatus(**volume, snapshots=infos, live_bytes=live), shares.histogram
+        return VolumeStatus(**volume, snapshots=infos, live_bytes=live), shares
 
     def _volume_info(self, state: VolumeState) -> VolumeInfo:
         record = state.record
