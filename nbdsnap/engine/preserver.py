@@ -140,7 +140,7 @@ class Preserver:
             return []  # not to wait here for a new log
         with self._append_lock:  # the queue has intents in the log's order
             room = self._space.room - self._promised + self._kept
-            while _chunks_of(writes) > room:
+            while writes and _chunks_of(writes) > room:  # room may be less than none: it has shrunk since
                 writes = writes[:-1]
             intents = self.log.append(volume.record.number, writes)
             if intents:

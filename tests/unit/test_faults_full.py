@@ -124,6 +124,17 @@ def test_the_log_promises_no_more_than_fits(tmp_path: Path) -> None:
         assert full.pool.volume_show("vol").error is None
 
 
+@pytest.mark.parametrize("room", [-5, 0])
+def test_more_is_promised_than_there_is_room(tmp_path: Path, room: int) -> None:
+    """Room that was there when promises were made has gone: a further write waits for the truth."""
+    with store(tmp_path, None) as full:
+        full.snapshot("s")
+        full.pool._space.room = room
+        assert not full.device.write_now(0, memoryview(b"n" * CHUNK))
+        write(full.device, 0, b"n" * CHUNK)
+        full.check()
+
+
 def test_a_full_file_system_refuses_likewise(tmp_path: Path) -> None:
     with store(tmp_path, None) as full:
         full.snapshot("s")
