@@ -127,6 +127,11 @@ class CorruptionError(NbdsnapError):
 
     exit_code = 7
 
+    def __init__(self, *args: object, hint: str | None = None, offset: int | None = None) -> None:
+        """``offset``: where in the volume the damage begins, if that is known."""
+        super().__init__(*args, hint=hint)
+        self.offset = offset
+
 
 class FormatError(NbdsnapError):
     """A pool or stream of a future version, or of something else altogether."""

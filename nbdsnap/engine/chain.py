@@ -128,7 +128,7 @@ class SnapshotChunks:
             part[:] = bytes(len(part))
             return True
         if slot >= MAX_SLOTS:
-            raise CorruptionError(f"{self.name}: the data at offset {low} was lost to earlier damage")
+            raise CorruptionError(f"{self.name}: the data at offset {low} was lost to earlier damage", offset=low)
         if record is None:
             return self._read_slots(part, slot, low & (CHUNK - 1), now=now)
         is_whole = not (low | high) & (CHUNK - 1)
@@ -154,6 +154,7 @@ class SnapshotChunks:
                 raise CorruptionError(
                     f"{self.name}: the data at offset {where} (slot {slot} of the store) is damaged",
                     hint="run: nbdsnap check --data",
+                    offset=where,
                 )
 
     def data_runs(self, first: int, end: int) -> Iterator[tuple[int, int, bool]]:

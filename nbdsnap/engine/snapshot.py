@@ -235,11 +235,12 @@ class SnapshotDevice:
     def _verify(self, record: Record, data: memoryview) -> None:
         where = record.chunk << CHUNK_SHIFT
         if record.slot == LOST_SLOT:
-            raise CorruptionError(f"{self.name}: the data at offset {where} was lost to earlier damage")
+            raise CorruptionError(f"{self.name}: the data at offset {where} was lost to earlier damage", offset=where)
         if not is_intact(self._volume.record.number, record, data):
             raise CorruptionError(
                 f"{self.name}: the data at offset {where} (slot {record.slot} of the store) is damaged",
                 hint="run: nbdsnap check --data",
+                offset=where,
             )
 
     def _map(self, offset: int, length: int, flags: _Flags) -> list[Extent]:

@@ -28,12 +28,13 @@ import time
 from typing import TYPE_CHECKING
 
 from nbdsnap.engine.device import Device
-from nbdsnap.errors import ProtocolError, nbd_errno
+from nbdsnap.errors import CorruptionError, ProtocolError, nbd_errno
 from nbdsnap.nbd.constants import (
     COMMAND_NAMES,
     EXTENDED_OFFSET_DATA_CHUNK,
     EXTENDED_REQUEST,
     NBD_CMD_DISC,
+    NBD_CMD_FLAG_DF,
     NBD_CMD_FLAG_PAYLOAD_LEN,
     NBD_CMD_READ,
     NBD_ESHUTDOWN,
@@ -47,6 +48,7 @@ from nbdsnap.nbd.transmission import Request, RequestParser
 from nbdsnap.server.buffers import HEADROOM
 from nbdsnap.server.channel import Channel
 from nbdsnap.server.context import OUTBOUND, READ_INLINE, WRITE_INLINE, Context
+from nbdsnap.server.holes import HOLE_LEAST, is_zero
 from nbdsnap.server.jobs import start_request
 from nbdsnap.server.maps import Map, map_of
 from nbdsnap.server.reads import BigRead, ColdReads
@@ -235,6 +237,7 @@ class DataPath:
         write_limit = 0 if session.export.read_only else WRITE_INLINE
         compact = not session.extended
         structured = session.structured
+        hole_least = HOLE_LEAST if structured else READ_INLINE + 1
         out = self.context.outbound
         base = position = self.out_base
         header = self.read_header
@@ -269,7 +272,11 @@ class DataPath:
                             self._stall(list(rest), data)
                             break
                         continue
-                    if not compact:
+                    if length >= hole_least and is_zero(out[begin:end]) and not flags & NBD_CMD_FLAG_DF:
+                        hole = self.replies.read_hole(cookie, offset, offset, length)
+                        end = position + len(hole)
+                        out[position:end] = hole
+                    elif not compact:
                         EXTENDED_OFFSET_DATA_CHUNK.pack_into(
                             out, position, 0x6E8A278C, 1, 1, cookie, offset, length + 8, offset
                         )
@@ -359,8 +366,11 @@ class DataPath:
         else:
             self._outgoing.append((bytes(data), None))
 
-    def failure(self, request: Request, error: BaseException) -> bytes:
-        """The error reply of a request that raised; the log gets the whole truth.  From any thread."""
+    def failure(self, request: Request, error: BaseException, at: int | None = None) -> bytes:
+        """The error reply of a request that raised; the log gets the whole truth.  From any thread.
+
+        ``at``: where in the request what is wrong begins, if that is known; damage that was found says it itself.
+        """
         command, _, cookie, offset, length, _ = request
         second = int(time.monotonic())
         if second != self._logged_second:
@@ -376,7 +386,10 @@ class DataPath:
                 *(self.connection.label, name, length, offset, what),
                 exc_info=None if expected else error,
             )
-        return self.replies.error(cookie, offset, nbd_errno(error), str(error))
+        if at is None and isinstance(error, CorruptionError) and error.offset is not None:
+            found = max(error.offset, offset)
+            at = found if found < offset + length else None
+        return self.replies.error(cookie, offset, nbd_errno(error), str(error), at)
 
     # Limits
 

@@ -7,8 +7,10 @@ Three ways, by length:
   busy-poll, which costs less than handing the read to a thread and back (55 us until it is there, measured, against 96
   us in a blocking read alone).  For a slower one, a worker waits: one for each connection, who goes on as long as there
   are reads, and tells the kernel of all of them before waiting for the first.
-* longer ones: a :class:`ReadJob` for any worker.
-* past ``READ_PIECE`` (``READ_WHOLE`` where the reply has to be in one piece): :class:`BigRead`.
+* longer ones: a :class:`BigRead`, in pieces of ``READ_PIECE``, and without the holes;
+* where the reply has to be in one piece, up to ``READ_WHOLE``: a :class:`ReadJob` for any worker.
+
+What turns out to be zeroes is not sent, where the reply can say so (:mod:`nbdsnap.server.holes`).
 """
 
 from __future__ import annotations
@@ -19,10 +21,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nbdsnap.engine.device import Device
+from nbdsnap.errors import CorruptionError
 from nbdsnap.nbd.constants import NBD_CMD_FLAG_DF, NBD_MAX_STRING, PREFERRED_BLOCK
+from nbdsnap.nbd.replies import MAX_HOLE
 from nbdsnap.nbd.transmission import Request
 from nbdsnap.server.buffers import HEADROOM
 from nbdsnap.server.context import OUTBOUND, READ_INLINE
+from nbdsnap.server.holes import HOLE_LEAST, is_zero, pieces
 
 if TYPE_CHECKING:
     from nbdsnap.server.datapath import DataPath
@@ -61,12 +66,20 @@ def start_read(path: DataPath, request: Request) -> bytes | None:
     whole = not path.session.structured or bool(flags & NBD_CMD_FLAG_DF)
     if length <= READ_INLINE:
         path.cold_reads.add([request])  # a READ with a flag, then, which needs no haste
-    elif length <= (READ_WHOLE if whole else READ_PIECE):
+    elif whole and length <= READ_WHOLE:
         job = ReadJob(path, [request])
         path.context.workers.submit(job.run)
     else:
         BigRead(path, request, contiguous=whole).start()
     return None
+
+
+def _as_hole(path: DataPath, request: Request, data: memoryview) -> bytes | None:
+    """The reply to a READ of ``data``, if it is zeroes that need not be sent."""
+    _, flags, cookie, offset, length, _ = request
+    if length < HOLE_LEAST or not path.session.structured or flags & NBD_CMD_FLAG_DF or not is_zero(data):
+        return None
+    return path.replies.read_hole(cookie, offset, offset, length)
 
 
 class ReadJob:
@@ -113,8 +126,13 @@ class ReadJob:
                         sent = position
                     self._announce_all(device, others)
                     device.read(view, offset)
-                reply = path.replies.read_data(cookie, offset, offset, length)
-                position = data + length
+                hole = _as_hole(path, request, view)
+                if hole is None:
+                    reply = path.replies.read_data(cookie, offset, offset, length)
+                    position = data + length
+                else:
+                    reply = hole
+                    data = position = position + len(hole)
             except Exception as error:
                 reply = path.failure(request, error)
                 data = position + len(reply)
@@ -204,6 +222,11 @@ class ColdReads:
         try:
             if not path.device.read_now(out[begin:end], offset):
                 return position
+            hole = _as_hole(path, request, out[begin:end])
+            if hole is not None:
+                end = position + len(hole)
+                out[position:end] = hole
+                return end
             out[position:begin] = path.replies.read_data(cookie, offset, offset, length)
         except Exception as error:
             reply = path.failure(request, error)
@@ -245,10 +268,11 @@ class BigRead:
     """A READ in pieces, so that a long one needs neither as much memory as it is long nor the client to wait for its
     end.
 
-    With structured replies each piece is a chunk of its own, and other replies may come between.  Where the reply has
-    to be one piece (``contiguous``: simple replies, and DF), its header says so at once, and the connection's other
-    replies wait until it is over.  An error then comes too late for an error reply: with DF the rest is zeroes and an
-    error chunk follows, as the protocol has it; a simple reply can't be told from data, so the connection ends.
+    With structured replies each piece is a chunk of its own, and so is each hole, which is not even read; other replies
+    may come between.  Where the reply has to be one piece (``contiguous``: simple replies, and DF), its header says so
+    at once, and the connection's other replies wait until it is over.  An error then comes too late for an error reply:
+    with DF the rest is zeroes and an error chunk follows, as the protocol has it; a simple reply can't be told from
+    data, so the connection ends.
     """
 
     def __init__(self, path: DataPath, request: Request, *, contiguous: bool) -> None:
@@ -256,7 +280,14 @@ class BigRead:
         self._request = request
         self._contiguous = contiguous
         self._done = 0
+        self._room = 0
+        """Bytes that the next piece may have in the buffer."""
         self._piece = 0
+        """Bytes that it has; the worker says."""
+        self._hole = False
+        """Whether it is one."""
+        self._pieces: deque[tuple[int, bool]] | None = None
+        """What lies ahead, as of :func:`nbdsnap.server.holes.pieces`; None before that was asked."""
         self._buffer = memoryview(b"")
         self._failed: bytes | None = None
         """The error chunk that ends the reply."""
@@ -269,27 +300,43 @@ class BigRead:
 
     def _next(self) -> None:
         unaligned = (self._request[3] + self._done) % PREFERRED_BLOCK  # only of the first piece
-        self._piece = min(READ_PIECE - unaligned, self._request[4] - self._done)
-        self._buffer = self._path.context.buffers.take(HEADROOM + self._piece)
-        self._path.held += self._piece
+        self._room = min(READ_PIECE - unaligned, self._request[4] - self._done)
+        self._buffer = self._path.context.buffers.take(HEADROOM + self._room)
+        self._path.held += self._room
         self._path.context.workers.submit(self._run)
 
     def _run(self) -> None:
-        offset = self._request[3] + self._done
-        view = self._buffer[HEADROOM : HEADROOM + self._piece]
         failure: Exception | None = None
+        self._piece = self._room
         if self._failed is not None:
-            view[:] = bytes(self._piece)
+            self._buffer[HEADROOM : HEADROOM + self._piece] = bytes(self._piece)
         elif not self._path.channel.closed:
             try:
-                self._path.device.read(view, offset)
+                self._read()
             except Exception as error:
                 failure = error
         self._path.context.completions.post(self._finish_piece, failure)
 
+    def _read(self) -> None:
+        """The next piece, into the buffer if it is no hole."""
+        device = self._path.device
+        offset = self._request[3] + self._done
+        if not self._contiguous:
+            if self._pieces is None:
+                self._pieces = deque(pieces(device, offset, self._request[4] - self._done))
+            length, self._hole = self._pieces.popleft()
+            self._piece = min(length, MAX_HOLE if self._hole else self._room)
+            if self._piece < length:
+                self._pieces.appendleft((length - self._piece, self._hole))
+            if self._hole:
+                return
+        view = self._buffer[HEADROOM : HEADROOM + self._piece]
+        device.read(view, offset)
+        self._hole = not self._contiguous and self._piece >= HOLE_LEAST and is_zero(view)
+
     def _finish_piece(self, failure: Exception | None) -> None:
         path = self._path
-        path.held -= self._piece
+        path.held -= self._room
         if path.channel.closed:
             path.context.buffers.give(self._buffer)
             self._end()
@@ -299,9 +346,13 @@ class BigRead:
             self._end()
             return
         header = self._piece_header()
-        start = HEADROOM - len(header)
-        self._buffer[start:HEADROOM] = header
-        self._send(self._buffer[start : HEADROOM + self._piece], self._buffer)
+        if self._hole:
+            path.context.buffers.give(self._buffer)
+            self._send(header, None)
+        else:
+            start = HEADROOM - len(header)
+            self._buffer[start:HEADROOM] = header
+            self._send(self._buffer[start : HEADROOM + self._piece], self._buffer)
         self._done += self._piece
         if self._done == self._request[4]:
             self._end_reply()
@@ -314,7 +365,8 @@ class BigRead:
         replies = self._path.replies
         if not self._contiguous:
             last = self._done + self._piece == length
-            return replies.read_data(cookie, offset, offset + self._done, self._piece, done=last)
+            make = replies.read_hole if self._hole else replies.read_data
+            return make(cookie, offset, offset + self._done, self._piece, done=last)
         if self._done:
             return b""
         return replies.read_data(cookie, offset, offset, length, done=not self._path.session.structured)
@@ -322,7 +374,10 @@ class BigRead:
     def _survives(self, failure: Exception) -> bool:
         """Whether the reply goes on after a failed piece."""
         path = self._path
-        error = path.failure(self._request, failure)
+        at = self._request[3] + self._done  # what came before is good
+        if not self._contiguous and isinstance(failure, CorruptionError) and failure.offset is not None:
+            at = max(at, failure.offset)
+        error = path.failure(self._request, failure, at)
         if not self._contiguous or not self._done:
             self._send(error, None)
             return False

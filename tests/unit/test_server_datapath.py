@@ -30,6 +30,7 @@ from tests.support.nbdwire import (
     FUA,
     NO_HOLE,
     OFFSET_DATA,
+    OFFSET_HOLE,
     PAYLOAD_LEN,
     READ,
     REQ_ONE,
@@ -120,9 +121,72 @@ def test_a_long_read_is_one_chunk_where_the_client_asks_for_it(server: ServerThr
 
 
 @CHUNKS
-def test_a_long_read_comes_in_several_chunks(server: ServerThread, dialect: str) -> None:
+def test_a_long_read_comes_in_several_chunks(server: ServerThread, raw: RawFile, dialect: str) -> None:
+    """As they become ready: the first is there before the last is read."""
+    data = stamped(21, 0, 8 << 20)
     with server.client("vol", dialect) as client:
-        assert len(client.call(READ, 0, 8 << 20).messages) == (8 << 20) // READ_PIECE
+        client.write(0, data)
+        messages = client.call(READ, 0, len(data)).messages
+        assert [message.type for message in messages] == [OFFSET_DATA] * (len(data) // READ_PIECE)
+        assert b"".join(message.data for message in messages) == data
+
+
+def chunks(reply: Reply) -> list[tuple[int, int, int]]:
+    """``(type, offset, length)``."""
+    return [(one.type, one.offset or 0, one.length or len(one.data)) for one in reply.messages]
+
+
+@CHUNKS
+@pytest.mark.parametrize("cold", [False, True], ids=["warm", "cold"])
+def test_holes_are_not_sent(server: ServerThread, raw: RawFile, dialect: str, cold: bool) -> None:
+    raw.cold = cold
+    mib = 1 << 20
+    with server.client("vol", dialect) as client:
+        for length in (16 << 10, 256 << 10, (256 << 10) + 1, mib, 5 * mib, 64 * mib):
+            assert chunks(client.call(READ, 2 * mib + 7, length)) == [(OFFSET_HOLE, 2 * mib + 7, length)]
+        assert chunks(client.call(READ, mib - 4096, 3 * mib)) == [
+            (OFFSET_DATA, mib - 4096, 4096),
+            (OFFSET_HOLE, mib, 3 * mib - 4096),
+        ]
+        assert chunks(client.call(READ, 2 * mib, 4096)) == [(OFFSET_DATA, 2 * mib, 4096)]  # too little
+        client.write(10 * mib, b"x" * 4096)
+        client.write(10 * mib + 8192, b"x" * 4096)  # with less of a hole between them than is worth a chunk
+        assert chunks(client.call(READ, 9 * mib, 2 * mib)) == [
+            (OFFSET_HOLE, 9 * mib, mib),
+            (OFFSET_DATA, 10 * mib, 12288),
+            (OFFSET_HOLE, 10 * mib + 12288, mib - 12288),
+        ]
+
+
+@CHUNKS
+def test_zeroes_that_are_no_holes_are_not_sent_either(server: ServerThread, raw: RawFile, dialect: str) -> None:
+    with server.client("vol", dialect) as client:
+        client.write(0, bytes(3 << 20))
+        for length in (16 << 10, 256 << 10, 3 << 20):
+            assert {message.type for message in client.call(READ, 0, length).messages} == {OFFSET_HOLE}
+        client.write(40_000, b"x")
+        assert {message.type for message in client.call(READ, 0, 65536).messages} == {OFFSET_DATA}
+
+
+@CHUNKS
+def test_holes_are_sent_as_zeroes_in_one_piece_where_the_client_asks_for_it(server: ServerThread, dialect: str) -> None:
+    with server.client("vol", dialect) as client:
+        for length in (65536, 1 << 20, 20 << 20):
+            reply = client.call(READ, 2 << 20, length, DF)
+            assert [message.type for message in reply.messages if message.type] == [OFFSET_DATA]
+            assert reply.data == bytes(length)
+
+
+def test_a_file_without_holes_is_not_asked_for_them(
+    server: ServerThread, raw: RawFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*_: object) -> None:
+        raise AssertionError("it has none")
+
+    monkeypatch.setattr("tests.support.rawdevice.RawDevice.is_sparse", lambda _: False)
+    monkeypatch.setattr("tests.support.rawdevice.RawDevice.extents", asked)
+    with server.client("vol") as client:
+        assert client.read(0, 3 << 20)[: 1 << 20] == content(raw, 0, 1 << 20)
 
 
 @ALL
@@ -516,9 +580,14 @@ def failing_long_read(server: ServerThread, raw: RawFile, dialect: str, flags: i
 def test_an_error_in_the_midst_of_a_long_read_follows_its_data(
     server: ServerThread, raw: RawFile, dialect: str, flags: int
 ) -> None:
+    with server.client("vol", dialect) as client:
+        client.write(0, stamped(SEED, 0, 20 << 20))
     reply = failing_long_read(server, raw, dialect, flags)
     assert reply.error == EIO
     assert reply.messages[0].data[:4096] == stamped(SEED, 0, 4096)
+    (failed,) = (message for message in reply.messages if message.error)
+    assert failed.offset == 12 << 20, "what came before is good"
+    assert b"".join(message.data for message in reply.messages)[: 12 << 20] == stamped(SEED, 0, 12 << 20)
 
 
 def test_an_error_in_the_midst_of_a_long_simple_reply_ends_the_connection(server: ServerThread, raw: RawFile) -> None:
