@@ -255,7 +255,7 @@ class _Run:
 
     def do_hang_up(self) -> None:
         """Send no more, but go on reading."""
-        self.connection.sock.shutdown(socket.SHUT_WR)
+        socket.socket.shutdown(self.connection.sock, socket.SHUT_WR)  # an SSLSocket's own would stop reading, too
 
     def do_repeat(self, count: str, *steps: str) -> None:
         """The rest of the line, over and over; ``;`` stands between its steps."""

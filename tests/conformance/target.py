@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -89,9 +90,11 @@ class Target:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
         if version is not None:
+            with warnings.catch_warnings():  # that 1.0 and 1.1 should not be used: they are offered to be refused
+                warnings.simplefilter("ignore", DeprecationWarning)
+                context.minimum_version = context.maximum_version = version
             if version < ssl.TLSVersion.TLSv1_2:
                 context.set_ciphers("ALL:@SECLEVEL=0")
-            context.minimum_version = context.maximum_version = version
         if self.certificates is not None:
             context.load_verify_locations(self.certificates / "ca-cert.pem")
             context.verify_mode = ssl.CERT_REQUIRED
