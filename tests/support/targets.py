@@ -41,6 +41,15 @@ class Target(Protocol):
 
     def rollback(self, name: str, *, force: bool = False, dry_run: bool = False) -> RollbackReport: ...
 
+    def thin_create(self, name: str, size: int) -> None: ...
+
+    def clone(self, snapshot: str, name: str) -> None: ...
+
+    def flatten(self, name: str) -> None: ...
+
+    def volume_delete(self, name: str) -> None:
+        """With its snapshots."""
+
     def diff(self, older: str, newer: str | None = None) -> list[Extent]: ...
 
     def status(self) -> PoolStatus: ...
@@ -99,6 +108,18 @@ class EngineTarget:
 
     def rollback(self, name: str, *, force: bool = False, dry_run: bool = False) -> RollbackReport:
         return self.pool.rollback(name, force=force, dry_run=dry_run)
+
+    def thin_create(self, name: str, size: int) -> None:
+        self.pool.volume_create(name, None, size, thin=True)
+
+    def clone(self, snapshot: str, name: str) -> None:
+        self.pool.clone(snapshot, name)
+
+    def flatten(self, name: str) -> None:
+        self.pool.volume_flatten(name)
+
+    def volume_delete(self, name: str) -> None:
+        self.pool.volume_delete(name, snapshots=True)
 
     def diff(self, older: str, newer: str | None = None) -> list[Extent]:
         return list(self.pool.diff(older, newer))
@@ -203,6 +224,18 @@ class ServerTarget:
     def rollback(self, name: str, *, force: bool = False, dry_run: bool = False) -> RollbackReport:
         request = operations.RollbackTo(name=name, force=force, dry_run=dry_run)
         return self._control.call(operations.ROLLBACK, request)
+
+    def thin_create(self, name: str, size: int) -> None:
+        self._control.call(operations.VOLUME_CREATE, operations.VolumeCreate(name=name, size=size, thin=True))
+
+    def clone(self, snapshot: str, name: str) -> None:
+        self._control.call(operations.CLONE, operations.CloneOf(snapshot=snapshot, name=name))
+
+    def flatten(self, name: str) -> None:
+        self._control.call(operations.VOLUME_FLATTEN, operations.VolumeFlatten(name=name))
+
+    def volume_delete(self, name: str) -> None:
+        self._control.call(operations.VOLUME_DELETE, operations.VolumeDelete(name=name, snapshots=True))
 
     def diff(self, older: str, newer: str | None = None) -> list[Extent]:
         extents: list[Extent] = []
