@@ -42,7 +42,7 @@ class LivePlan:
 
 def plan_live(salvage: Salvage, volume: VolumeRecord, taken: Taken) -> LivePlan:
     """``taken``: the slots of preserved chunks, and of other volumes' live ones; this one's are added."""
-    plan = LivePlan(chunk_count(volume.size) if volume.origin is None else 0)
+    plan = LivePlan(chunk_count(volume.largest) if volume.origin is None else 0)
     for chunk, slot in salvage.current_items(volume.number):
         if chunk < plan.limit and slot < MAX_SLOTS and not taken.add(slot):
             plan.bogus.add(chunk)
@@ -62,7 +62,7 @@ def plan_live(salvage: Salvage, volume: VolumeRecord, taken: Taken) -> LivePlan:
 def live_steps(volume: VolumeRecord, plan: LivePlan) -> Iterator[RepairStep]:
     for first, end in [*plan.lost, *((chunk, chunk + 1) for chunk in sorted(plan.bogus))]:
         offset = first << CHUNK_SHIFT
-        length = min(end << CHUNK_SHIFT, volume.size) - offset
+        length = min(end << CHUNK_SHIFT, volume.largest) - offset
         yield RepairStep(
             kind="lost",
             detail=f"{volume.name}, within bytes {offset} to {offset + length - 1}: live data is lost; mark what is "

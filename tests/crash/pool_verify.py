@@ -21,7 +21,7 @@ from typing import Any
 
 from nbdsnap.engine.pool import Pool
 from tests.crash.explorer import ViolationError
-from tests.crash.pool_workload import SIZES, adapt_engine, initial_content, open_pool, origin_path
+from tests.crash.pool_workload import SIZES, adapt_engine, initial_content, open_pool, origin_path, scenario
 from tests.crash.recording import Recording
 from tests.support.deadline import wait_until
 from tests.support.device import flush, read, write
@@ -96,23 +96,26 @@ class PoolVerifier:
             images.update(earlier.images)
         self.expectation = Expectation({name: initial_content(name) for name in SIZES}, events, images, seed)
         self._rng = random.Random(seed)
+        self._redirected = scenario(seed) == "redirected"
 
     def __call__(self, folder: Path, time: int) -> None:
         os.chdir(folder)
-        pool = open_pool()
+        pool = open_pool(redirected=self._redirected)
         try:
             live = self._check_pool(pool, time)
             if self._rng.random() < GO_ON_SHARE:
                 live = _go_on(pool)
         finally:
             pool.close()
+        if self._redirected:
+            live = {"old": initial_content("old")}  # the base's file
         for name, image in live.items():
             if origin_path(name).read_bytes() != image:
                 raise ViolationError(f"the raw file of {name} is not what the live volume was")
 
     def _check_pool(self, pool: Pool, time: int) -> dict[str, bytes]:
         expected = self.expectation
-        found = {f"{info.volume}@{info.name}" for info in pool.snapshot_list()}
+        found = {f"{info.volume}@{info.name}" for info in pool.snapshot_list() if info.volume in SIZES}
         expected.snapshots.check(found, time)
         live = {name: _read_all(pool, name) for name in SIZES}
         for name, image in live.items():
@@ -143,7 +146,8 @@ def _read_all(pool: Pool, name: str) -> bytes:
 
 def _unneeded_bytes(pool: Pool) -> int:
     status = pool.status()
-    return status.store.used_bytes - sum(entry.bytes for entry in status.sharing)
+    live = sum(volume.live_bytes or 0 for volume in status.volumes)
+    return status.store.used_bytes - live - sum(entry.bytes for entry in status.sharing)
 
 
 def _first_difference(one: bytes, other: bytes) -> str:
@@ -187,11 +191,11 @@ def _go_on(pool: Pool) -> dict[str, bytes]:
             raise ViolationError(f"a write to {name} after the restart did not land")
         if _read_all(pool, f"{name}@after") != before:
             raise ViolationError(f"a snapshot of {name} taken after the restart has changed")
-    pool.snapshot_delete([f"{info.volume}@{info.name}" for info in pool.snapshot_list()])
+    pool.snapshot_delete([f"{info.volume}@{info.name}" for info in pool.snapshot_list() if info.volume in SIZES])
     report = pool.check(data=True)
     if not report.ok:
         raise ViolationError(f"check after use: {report.problems}")
-    if pool.status().store.used_bytes:
+    if _unneeded_bytes(pool) or pool.status().sharing:
         raise ViolationError("space is taken, and there are no snapshots")
     return live
 

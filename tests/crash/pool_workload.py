@@ -9,6 +9,7 @@ The seed also says what else happens (:func:`scenario`):
 ``faults``  disks fail for a while, so that acknowledged writes are stranded in files of their own, and the log is
             renewed; at last a sync of an origin fails, which is final until the next opening
 ``full``    the store is small, and drops snapshots
+``redirected``  one volume is thin; the other is a clone, and the file that was there its base's
 """
 
 from __future__ import annotations
@@ -51,7 +52,11 @@ STORE_LIMIT = 40 * 4096
 RETRY_S = 0.01
 """Between two tries to apply what a failing disk did not take."""
 
-SCENARIOS = ("plain", "faults", "full")
+SCENARIOS = ("plain", "faults", "full", "redirected")
+
+BASE = "base"
+BASE_SNAPSHOT = "base@content"
+"""What the clone is made of: nobody writes to that volume."""
 
 SYNC_HELPERS = ("sync", "sync_in_place", "sync_latest", "_sync_now", "_write_header", "fdatasync")
 """Functions whose callers say more about why they sync."""
@@ -94,16 +99,28 @@ def adapt_engine(marks: Marks | None = None) -> None:
     stamps.stamp_of = stamp_of
 
 
-def open_pool(io: FileIO | None = None, **options: Any) -> Pool:
+def open_pool(io: FileIO | None = None, *, redirected: bool = False, **options: Any) -> Pool:
     """What a server does at its start, in the working folder."""
     pool = Pool.open(Path("pool"), PoolOptions(log_size=LOG_SIZE, **options), create=True, io=io)
     try:
+        if redirected:
+            _ensure_redirected(pool)
+            return pool
         for name, size in SIZES.items():
             pool.volume_ensure(name, origin_path(name), size)
     except BaseException:
         pool.close()
         raise
     return pool
+
+
+def _ensure_redirected(pool: Pool) -> None:
+    pool.volume_ensure("new", None, SIZES["new"], thin=True)
+    pool.volume_ensure(BASE, origin_path("old"), SIZES["old"])
+    if not pool.snapshot_list(BASE):
+        pool.snapshot_create([BASE_SNAPSHOT])
+    if all(info.name != "old" for info in pool.volume_list()):
+        pool.clone(BASE_SNAPSHOT, "old")
 
 
 class MarkJournal:
@@ -219,7 +236,7 @@ def tell_of_drops(journal: MarkJournal) -> None:
 
 def _go_on_bare(pool: Pool, journal: MarkJournal, plan: load.Plan) -> None:
     """Delete all snapshots, and write where nothing has to be preserved."""
-    names = [f"{info.volume}@{info.name}" for info in pool.snapshot_list()]
+    names = [f"{info.volume}@{info.name}" for info in pool.snapshot_list() if info.volume in SIZES]
     journal.record("delete", names=names)
     pool.snapshot_delete(names)
     journal.record("deleted", names=names)
@@ -239,12 +256,14 @@ def main(seed_text: str, count_text: str, run_text: str) -> None:
         first = (2 * run + phase) * OPERATIONS_PER_RUN
         io = FailingIO(f"{seed} {run} {phase}") if what == "faults" else FileIO()
         options = {"store_limit": STORE_LIMIT, "on_full": "drop-snapshots"} if what == "full" else {}
-        pool = open_pool(io, **options)
+        pool = open_pool(io, redirected=what == "redirected", **options)
         if isinstance(io, FailingIO):
             io.arm()
-        plan = load.Plan(SIZES, seed, count, first=first, prefix=f"{'ab'[phase]}{run}-", tolerant=what != "plain")
+        plan = load.Plan(
+            SIZES, seed, count, first=first, prefix=f"{'ab'[phase]}{run}-", tolerant=what in ("faults", "full")
+        )
         load.run(PoolTarget(pool), journal, plan, readers=1)
-        if what == "plain":
+        if what in ("plain", "redirected"):
             _go_on_bare(pool, journal, plan)
         if phase == 1 and (seed + run) % 2:
             os._exit(0)

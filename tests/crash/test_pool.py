@@ -34,7 +34,9 @@ NEEDED = {
     "engine.files.make_entries_durable: directory",
     "engine.pool._take",
     "engine.pool.close",
+    "engine.livechunks.sync",
     "engine.preservation._preserve",
+    "engine.redirect._redirect",
     "engine.preserver._settle",
     "engine.preserver.sync_log",
     "engine.recovery._apply",
@@ -63,6 +65,7 @@ COVERED = {
     "plain": {"log wrapped"},
     "faults": {"log renewed", "writes stranded", "stranded writes applied"},
     "full": {"snapshots dropped"},
+    "redirected": {"log wrapped"},
 }
 
 

@@ -302,3 +302,16 @@ def test_rollback_of_a_base_leaves_its_clones_alone(pool: Pool) -> None:
     for name in ("thin", "thin@one", "trial", "trial@two", "again"):
         assert content(pool, name) == wanted, name
     assert pool.check(data=True).ok
+
+
+def test_a_clone_that_was_made_smaller_does_not_see_its_base_again(pool: Pool) -> None:
+    put(pool, "vol", 0, b"a" * MIB)
+    pool.snapshot_create(["vol@one"])
+    pool.clone("vol@one", "trial")
+    pool.volume_resize("trial", MIB // 2 + 100, shrink=True)
+    assert pool.check(data=True).ok
+    pool.volume_resize("trial", 2 * MIB)
+    assert content(pool, "trial", 0, 2 * MIB) == b"a" * (MIB // 2 + 100) + bytes(2 * MIB - MIB // 2 - 100)
+    pool.volume_flatten("trial")
+    assert content(pool, "trial", MIB // 2, MIB) == b"a" * 100 + bytes(MIB - 100)
+    assert pool.check(data=True).ok
