@@ -386,6 +386,8 @@ def _check_tls(config: Config) -> None:
             f"{where} certificate: missing; TLS needs it, and its key",
             hint="`nbdsnap tls make-ca` makes some to try TLS with",
         )
+    if tls.psk is not None and (tls.certificate or tls.ca):
+        raise ConfigError(f"{where} psk: pre-shared keys take the place of certificates; allowed: one of the two")
     if (tls.certificate is None) != (tls.key is None):
         raise ConfigError(f"{where} key: a certificate and its key go together")
     if tls.verify_clients != "off" and tls.ca is None:

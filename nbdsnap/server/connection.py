@@ -37,7 +37,7 @@ from nbdsnap.server.datapath import DataPath
 from nbdsnap.server.exports import PoolExports
 from nbdsnap.server.peer import Peer
 from nbdsnap.server.security import Security
-from nbdsnap.server.tls import Handshake, certificate_names, psk_name
+from nbdsnap.server.tls import Handshake, certificate_names
 from nbdsnap.server.tlschannel import TlsChannel
 from nbdsnap.server.watch import Watch
 
@@ -210,7 +210,7 @@ class Connection:
             self._identity = Handshake.identity
         if established and not channel.closed:
             self.peer.certificates = certificate_names(channel.tls)
-            self.peer.psk = psk_name(channel.tls, self._identity)
+            self.peer.psk = self._identity
             if self.peer.psk or self.peer.certificates:
                 self.label += f" ({self.peer.psk or min(self.peer.certificates)})"
             log.debug("%s: %s", self.label, channel.tls.version())

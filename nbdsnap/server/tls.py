@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 """Of TLS 1.2: forward secrecy and authenticated encryption.  TLS 1.3 has nothing else."""
 
-PSK_CIPHERS = "ECDHE-PSK-CHACHA20-POLY1305:DHE-PSK-AES256-GCM-SHA384:DHE-PSK-AES128-GCM-SHA256:PSK-AES128-GCM-SHA256"
-"""Of TLS 1.2, with pre-shared keys.  The last one, without forward secrecy, is what some clients are limited to."""
+PSK_CIPHERS = "ECDHE-PSK-CHACHA20-POLY1305:DHE-PSK-AES256-GCM-SHA384:DHE-PSK-AES128-GCM-SHA256"
+"""The same, with pre-shared keys."""
 
 MAX_PSK_BYTES = 1 << 20
 MIN_PSK_BITS = 128
@@ -66,7 +66,7 @@ def make_context(config: TlsConfig) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_3 if config.minimum_version == "1.3" else ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION | ssl.OP_NO_TICKET
     context.num_tickets = 0  # no client of NBD's resumes a session
-    context.set_ciphers(f"{CIPHERS}:{PSK_CIPHERS}" if config.psk else CIPHERS)
+    context.set_ciphers(CIPHERS if config.psk is None else PSK_CIPHERS)
     if config.certificate is not None and config.key is not None:
         _load(config.certificate, "certificate")
         _load(config.key, "key")
@@ -91,20 +91,12 @@ def make_context(config: TlsConfig) -> ssl.SSLContext:
 
 
 class Handshake:
-    """Who the client of the handshake under way says it is.  One for each loop: a step of a handshake is one call."""
+    """Whose key the handshake under way asked for last: with that it was made, where it was made with a key at all.
+
+    One for all: a step of a handshake is one call, on the loop's thread.
+    """
 
     identity: ClassVar[str | None] = None
-
-
-def psk_name(tls: ssl.SSLObject, identity: str | None) -> str | None:
-    """``identity``, where the handshake was made with its key.
-
-    A client may name a key and then show a certificate instead; that proves nothing about the key.  Of a TLS 1.3
-    session that was resumed, there are no tickets, all that is left is a pre-shared key.
-    """
-    cipher = tls.cipher()
-    used = tls.session_reused if tls.version() == "TLSv1.3" else cipher is not None and "PSK" in cipher[0]
-    return identity if used else None
 
 
 def certificate_names(tls: ssl.SSLObject) -> frozenset[str]:
