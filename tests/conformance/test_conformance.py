@@ -23,9 +23,6 @@ from tests.support.tlsfiles import Authority
 SIZE = 8 << 30
 CASES = load()
 
-NOT_YET = {"hole", "hole-among-data"}
-"""What a server MAY do, and nbdsnap does not."""
-
 TABLES: dict[str, Callable[[Case], bool]] = {
     "tcp": lambda case: not {"tls", "tls=optional", "tls=required"}.intersection(case.needs),
     "unix": lambda case: case.file in ("1-handshake", "4-transmission"),
@@ -95,8 +92,6 @@ def targets(
 )
 def test_case(targets: Callable[[str], Target], kind: str, case: Case) -> None:
     outcome = run_case(case, targets(kind))
-    if outcome.status == "fail" and case.id.partition("[")[0] in NOT_YET:
-        pytest.xfail(outcome.detail)
     assert outcome.status == "pass", f"{case.level}, {case.section}: {case.says}\n{outcome.detail}"
 
 

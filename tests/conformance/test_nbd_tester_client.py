@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.server import Server, Volume
+from tests.support.tlsfiles import Authority
 
 PROGRAM = Path(os.environ.get("NBD_TESTER_CLIENT", "/nonexistent"))
 LOGS = ("integrity-test.tr", "integrityhuge-test.tr")
@@ -63,3 +64,27 @@ def test_writes_to_a_snapshot_are_refused(server: Server) -> None:
 def test_integrity(server: Server, log: str) -> None:
     """A recorded session, played back and verified; the huge one has requests of 49.9 MiB."""
     tester(server, "-i", "-t", str(PROGRAM.parent / log))
+
+
+@pytest.mark.parametrize("log", LOGS)
+def test_integrity_over_tls(start_server: Callable[..., Server], tmp_path: Path, log: str) -> None:
+    """With a client certificate; the server takes nobody without."""
+    authority = Authority(tmp_path / "pki", clients=["alice"])
+    files = {"certificate": "server-cert.pem", "key": "server-key.pem", "ca": "ca-cert.pem"}
+    keys = 'log_size = "2MiB"\n[tls]\n' + "".join(f'{k} = "{authority.server / name}"\n' for k, name in files.items())
+    origin = tmp_path / "vol.img"
+    with origin.open("wb") as file:
+        file.truncate(50 << 20)
+    server = start_server([Volume("vol", origin)], pool_keys=keys)
+    own = authority.folder / "alice"
+    identity = [
+        "-C",
+        own / "client-cert.pem",
+        "-K",
+        own / "client-key.pem",
+        "-A",
+        own / "ca-cert.pem",
+        "-H",
+        "localhost",
+    ]
+    tester(server, "-i", "-t", str(PROGRAM.parent / log), *map(str, identity))
