@@ -6,44 +6,27 @@ and leaves nothing open.
 
 from __future__ import annotations
 
-import math
-import operator
 import re
 import shlex
 import socket
 import ssl
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Final
 
 from tests.conformance import names
 from tests.conformance.connection import Connection, Failure, Sent
+from tests.conformance.numbers import COMPARE, Numbers
 from tests.conformance.table import DIALECTS, Case, TableError
 from tests.conformance.target import Target
 from tests.support import nbdwire
 from tests.support.nbdwire import OptionReply
 
 NO_EXPORT = "no such export"
-UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 IN_STEP_OPTION = 0x6E6F6E65
 """Nobody's: it must be refused, and says that the server understood where the options before it ended."""
-
-COMPARE: Final[dict[str, Callable[[int, int], bool]]] = {
-    "==": operator.eq,
-    "!=": operator.ne,
-    "<=": operator.le,
-    ">=": operator.ge,
-    "<": operator.lt,
-    ">": operator.gt,
-    "has": lambda a, b: a & b == b,
-    "lacks": lambda a, b: not a & b,
-    "multiple-of": lambda a, b: a % b == 0,
-}
-UNSAID = ("MINIMUM", "PREFERRED", "MAXIMUM")
-"""Variables that the server gives a value, or not."""
 
 TLS_VERSIONS = {
     "1.0": ssl.TLSVersion.TLSv1,
@@ -68,7 +51,7 @@ def missing(case: Case, target: Target) -> str:
     for need in case.needs:
         kind, _, value = need.partition(":")
         if kind == "size":
-            if target.size < _Names(target.size).number(value):
+            if target.size < Numbers(target.size).number(value):
                 return need
         elif need not in target.features:
             return need
@@ -92,33 +75,6 @@ def run_case(case: Case, target: Target) -> Outcome:
     return Outcome("pass")
 
 
-class _Names:
-    """Numbers: ``SIZE-512``, ``3*64K``, ``0xff``; from left to right, without brackets."""
-
-    def __init__(self, size: int) -> None:
-        self.values = {"SIZE": size, "ID": 0}
-
-    def number(self, text: str) -> int:
-        total = 0
-        for sign, product in re.findall(r"([+-]?)([^+-]+)", text):
-            value = math.prod(self._one(token) for token in product.split("*"))
-            total += -value if sign == "-" else value
-        return total
-
-    def _one(self, token: str) -> int:
-        if token in self.values:
-            return self.values[token]
-        for table in (names.TRANSMISSION_FLAGS, names.HANDSHAKE_FLAGS):
-            if token in table:
-                return table[token]
-        if token in UNSAID:
-            raise Failure(f"the server has not said its {token.lower()} block size")
-        try:
-            return int(token[:-1], 0) * UNITS[token[-1]] if token[-1] in UNITS else int(token, 0)
-        except ValueError:
-            raise TableError(f"{token!r} is no number") from None
-
-
 class _Run:
     """One case, on its connections."""
 
@@ -127,7 +83,7 @@ class _Run:
         self.target = target
         self.line = ""
         self.connections: dict[str, Connection] = {}
-        self.names = _Names(target.size)
+        self.names = Numbers(target.size)
         self.replies: list[OptionReply] = []
         self.sent = Sent(0, 0, 0, 0)
         self.saved: object = None
