@@ -21,6 +21,7 @@ from collections.abc import Iterable
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, ValidationInfo
 
@@ -120,6 +121,34 @@ def _name(value: object) -> str:
         raise ValueError(str(error)) from None
 
 
+def _target(value: object) -> str:
+    text = _text(value)
+    parts = urlsplit(text)
+    try:
+        port = parts.port
+    except ValueError as error:
+        raise ValueError(f"{text!r}: {error}") from None
+    volume = parts.path.strip("/")
+    if parts.scheme != "https" or not parts.hostname or port is None or parts.query or parts.fragment:
+        raise ValueError(f"{text!r} is no target")
+    if volume:
+        _name(volume)
+    return text
+
+
+def _duration(value: object) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        seconds = float(value)
+    else:
+        match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?)\s*(s|min|m|h|d)", _text(value))
+        if match is None:
+            raise ValueError(f"{value!r} is no span of time")
+        seconds = float(match[1]) * {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}[match[2]]
+    if not 0.1 <= seconds <= 366 * 86400:
+        raise ValueError(f"{value!r} is out of range: a tenth of a second to a year")
+    return seconds
+
+
 ConfigPath = Annotated[Path, PlainValidator(_path)]
 SocketPath = Annotated[Path, PlainValidator(_control)]
 ListenAddress = Annotated[Address, PlainValidator(_address)]
@@ -133,6 +162,10 @@ Seconds = Annotated[float, Field(ge=0, le=1e7, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1 << 20)]
 OptionBytes = Annotated[int, Field(ge=4 << 10, le=64 << 20), BeforeValidator(_size)]
 FlightBytes = Annotated[int, Field(ge=1 << 20, le=1 << 40), BeforeValidator(_size)]
+
+Target = Annotated[str, PlainValidator(_target)]
+Duration = Annotated[float, PlainValidator(_duration)]
+DURATION_ALLOWED = "a number of seconds, or a string such as '30s', '15min', '1h' or '1d'"
 
 Percent = Annotated[int, Field(ge=1, le=100)]
 
@@ -227,6 +260,51 @@ class AllowConfig(_Section):
     )
 
 
+class ReplicationConfig(_Section):
+    """What both ends of a replication need.  ``listen`` is for the receiving end."""
+
+    listen: ListenAddress | None = Field(
+        default=None, description="a TCP address such as 'tcp://0.0.0.0:10810', for those who replicate to here"
+    )
+    certificate: ConfigPath | None = Field(
+        default=None, description="the path of the listener's certificate, PEM; without it, that of [tls]"
+    )
+    key: ConfigPath | None = Field(default=None, description="the path of its key, PEM; without it, that of [tls]")
+    ca: ConfigPath | None = Field(
+        default=None, description="the path of the authority's certificate, PEM; without it, that of [tls]"
+    )
+    client_certificate: ConfigPath | None = Field(
+        default=None, description="the path of the certificate, PEM, to show to targets"
+    )
+    client_key: ConfigPath | None = Field(default=None, description="the path of its key, PEM")
+
+
+class ReplicateConfig(_Section):
+    """A volume of this pool that another pool is to follow."""
+
+    volume: Name = Field(description="the name of a volume")
+    target: Target = Field(description="https://HOST:PORT or https://HOST:PORT/VOLUME")
+    every: Duration = Field(default=900.0, description=DURATION_ALLOWED)
+    rate_limit: Size = Field(default=None, description=f"{SIZE_ALLOWED}, per second")
+    compress: Literal["none", "auto", "best"] = Field(default="auto", description="'none', 'auto' or 'best'")
+    keep: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
+        default=0, description="how many of its snapshots to keep on the target; 0: all"
+    )
+    full: bool = Field(
+        default=False, description="true or false: whether to send all again where no common snapshot is left"
+    )
+
+
+class AcceptConfig(_Section):
+    """Who may replicate to which volumes of this pool."""
+
+    certificate: list[str] = Field(
+        min_length=1, description="a list of names in senders' certificates, or patterns of such names"
+    )
+    volumes: list[str] = Field(min_length=1, description="a list of names of volumes, or patterns of them")
+    create: bool = Field(default=False, description="true or false: whether volumes are made where there are none")
+
+
 class LimitsConfig(_Section):
     """0 seconds: no limit."""
 
@@ -260,6 +338,9 @@ class Config(_Section):
     tls: TlsConfig = Field(default=TlsConfig(mode="off"), description="a table: [tls]")
     limits: LimitsConfig = Field(default=LimitsConfig(), description="a table: [limits]")
     allow: list[AllowConfig] = Field(default=[], description="an array of tables: [[allow]]")
+    replication: ReplicationConfig = Field(default=ReplicationConfig(), description="a table: [replication]")
+    replicate: list[ReplicateConfig] = Field(default=[], description="an array of tables: [[replicate]]")
+    accept: list[AcceptConfig] = Field(default=[], description="an array of tables: [[accept]]")
 
 
 def load_config(path: Path) -> Config:
@@ -275,6 +356,7 @@ def load_config(path: Path) -> Config:
     _check_sockets(config)
     _check_tls(config)
     _check_volumes(config)
+    _check_replication(config)
     return config
 
 
@@ -332,7 +414,7 @@ def _locate(location: tuple[int | str, ...], document: dict[str, Any]) -> str:
     return where
 
 
-_ARRAYS = ("allow", "volume")
+_ARRAYS = ("allow", "volume", "replicate", "accept")
 _MODELS: dict[str, type[BaseModel]] = {
     "server": ServerConfig,
     "pool": PoolConfig,
@@ -340,6 +422,9 @@ _MODELS: dict[str, type[BaseModel]] = {
     "limits": LimitsConfig,
     "allow": AllowConfig,
     "volume": VolumeConfig,
+    "replication": ReplicationConfig,
+    "replicate": ReplicateConfig,
+    "accept": AcceptConfig,
 }
 
 
@@ -392,6 +477,18 @@ def _check_tls(config: Config) -> None:
         raise ConfigError(f"{where} key: a certificate and its key go together")
     if tls.verify_clients != "off" and tls.ca is None:
         raise ConfigError(f"{where} ca: missing; clients' certificates are verified with it")
+
+
+def _check_replication(config: Config) -> None:
+    if isinstance(config.replication.listen, UnixAddress) or (
+        config.replication.listen is not None and not isinstance(config.replication.listen, TcpAddress)
+    ):
+        raise ConfigError(f"{config.file}: [replication] listen: allowed: a TCP address such as 'tcp://0.0.0.0:10810'")
+    seen: set[tuple[str, str]] = set()
+    for number, entry in enumerate(config.replicate, start=1):
+        if (entry.volume, entry.target) in seen:
+            raise ConfigError(f"{config.file}: [[replicate]] {number}: {entry.volume} to {entry.target} stands twice")
+        seen.add((entry.volume, entry.target))
 
 
 def _check_volumes(config: Config) -> None:

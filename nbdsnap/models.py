@@ -24,6 +24,8 @@ class VolumeInfo(BaseModel):
     connections: int = 0
     error: str | None = None
     """Why the volume can't be served (or written) now; None where all is well."""
+    replica: bool = False
+    """It follows another pool's volume, and takes no writes from clients."""
 
 
 class SnapshotInfo(BaseModel):
@@ -233,3 +235,29 @@ class ApplyReport(BaseModel):
     bytes: int
     stream_bytes: int
     digest: str
+
+
+class ReplicationStatus(BaseModel):
+    """How far a target is.  ``state``: starting, idle, sending or failing.
+
+    ``snapshot`` and ``point``: the newest snapshot that it has, and when that was taken.  ``lag_seconds``: how old that
+    is, 0 where nothing was written since; ``lag_bytes``: how much that was.  ``rate``: bytes of stream per second, of
+    the last one.  ``failures``: in a row.
+    """
+
+    volume: str
+    target: str
+    state: str
+    snapshot: str | None
+    point: datetime | None
+    lag_seconds: float | None
+    lag_bytes: int | None
+    sending: str | None
+    done: int
+    total: int
+    rate: int
+    sent_bytes: int
+    sent_snapshots: int
+    failures: int
+    error: str | None
+    next_in_s: float

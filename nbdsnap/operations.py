@@ -24,12 +24,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, create_model
 
-from nbdsnap.errors import NbdsnapError, UsageError, from_wire
+from nbdsnap.errors import NbdsnapError, ServerError, UsageError, from_wire
 from nbdsnap.models import (
     CheckReport,
     Extent,
     PoolStatus,
     ReceiveReport,
+    ReplicationStatus,
     RollbackReport,
     SendReport,
     SnapshotDeletion,
@@ -176,6 +177,17 @@ class ReceiveInto(Request):
 
 class ReceiveOf(Request):
     volume: str
+
+
+class ReplicaOf(Request):
+    name: str
+
+
+class ReplicateRun(Request):
+    """``wait``: until all that was wanted is done, or has failed."""
+
+    volume: str | None = None
+    wait: bool = False
 
 
 class DiffRange(Request):
@@ -348,6 +360,37 @@ def _receive_abort(pool: Pool, request: ReceiveOf, _: Emit) -> VolumeStatus:
     return pool.volume_show(request.volume)
 
 
+def _replicator(pool: Pool) -> Any:
+    if pool.replicator is None:
+        raise ServerError("no server replicates this pool", hint="replication runs inside `nbdsnap serve`")
+    return pool.replicator
+
+
+def _replicate_run(pool: Pool, request: ReplicateRun, emit: Emit) -> list[ReplicationStatus]:
+    def tick() -> None:
+        if pace.due():
+            statuses = replicator.status()
+            done, total = sum(one.done for one in statuses), sum(one.total for one in statuses)
+            emit(Progress.model_construct(done=done, total=total))
+
+    replicator = _replicator(pool)
+    pace = _Pace()
+    found: list[ReplicationStatus] = replicator.run(request.volume, tick if request.wait else None)
+    return found
+
+
+class _Pace:
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def due(self) -> bool:
+        moment = time.monotonic()
+        if moment < self._next:
+            return False
+        self._next = moment + PROGRESS_INTERVAL_S
+        return True
+
+
 def _emit_to(emit: Emit) -> Callable[[int, int], None]:
     return lambda done, total: emit(Progress.model_construct(done=done, total=total))
 
@@ -496,6 +539,35 @@ RECEIVE_ABORT: Operation[ReceiveOf, VolumeStatus] = Operation(
     VolumeStatus,
     _receive_abort,
 )
+VOLUME_PROMOTE: Operation[ReplicaOf, VolumeStatus] = Operation(
+    "volume.promote",
+    "Make a replica a volume like any other: it can be written, and does not follow any more.",
+    ReplicaOf,
+    VolumeStatus,
+    lambda pool, request, _: pool.volume_promote(request.name),
+)
+VOLUME_DEMOTE: Operation[ReplicaOf, VolumeStatus] = Operation(
+    "volume.demote",
+    "Make a volume a replica: it takes no writes, and gives up what it has when another pool replicates to it.",
+    ReplicaOf,
+    VolumeStatus,
+    lambda pool, request, _: pool.volume_demote(request.name),
+)
+REPLICATE_STATUS: Operation[Nothing, list[ReplicationStatus]] = Operation(
+    "replicate.status",
+    "How far the targets of this server's volumes are.",
+    Nothing,
+    list[ReplicationStatus],
+    lambda pool, _request, _: _replicator(pool).status(),
+)
+REPLICATE_RUN: Operation[ReplicateRun, list[ReplicationStatus]] = Operation(
+    "replicate.run",
+    "Bring the targets of `volume`, or of all, up to date now; with `wait`, answer when that is done, or has failed.",
+    ReplicateRun,
+    list[ReplicationStatus],
+    _replicate_run,
+    Progress,
+)
 DIFF: Operation[DiffRange, DiffTotal] = Operation(
     "diff",
     "The ranges that changed from the snapshot `from` to the snapshot `to`, or to the live volume.",
@@ -542,6 +614,10 @@ OPERATIONS: dict[str, Operation[Any, Any]] = {
         SEND,
         RECEIVE,
         RECEIVE_ABORT,
+        VOLUME_PROMOTE,
+        VOLUME_DEMOTE,
+        REPLICATE_STATUS,
+        REPLICATE_RUN,
         DIFF,
         STATUS,
         CHECK,

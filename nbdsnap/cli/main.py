@@ -41,6 +41,7 @@ COMMANDS = {
     "diff": "nbdsnap.cli.diff:diff",
     "send": "nbdsnap.cli.send:send",
     "receive": "nbdsnap.cli.receive:receive",
+    "replicate": "nbdsnap.cli.replicate:replicate",
     "apply": "nbdsnap.cli.apply:apply",
     "delta": "nbdsnap.cli.delta:delta",
     "status": "nbdsnap.cli.status:status",

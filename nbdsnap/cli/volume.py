@@ -17,11 +17,14 @@ from nbdsnap.operations import (
     VOLUME_ACCEPT,
     VOLUME_CREATE,
     VOLUME_DELETE,
+    VOLUME_DEMOTE,
     VOLUME_FLATTEN,
     VOLUME_LIST,
+    VOLUME_PROMOTE,
     VOLUME_RESIZE,
     VOLUME_SHOW,
     Nothing,
+    ReplicaOf,
     VolumeAccept,
     VolumeCreate,
     VolumeDelete,
@@ -252,3 +255,41 @@ def delete(context: Context, name: str, snapshots: bool, dry_run: bool, as_json:
     what = f"{deleted.name} and {plural(len(deleted.snapshots), 'snapshot')}" if deleted.snapshots else deleted.name
     stays = "" if deleted.origin is None else f"; {deleted.origin} stays"
     click.echo(f"{'would delete' if dry_run else 'deleted'} {what}{stays}")
+
+
+@volume.command("promote")
+@click.argument("name", shell_complete=complete_volumes)
+@json_option
+@pass_context
+def promote(context: Context, name: str, as_json: bool) -> None:
+    """Make the replica NAME a volume like any other: it can be written, and follows no more.
+
+    \b
+    Example:
+      nbdsnap volume promote vol
+    """
+    promoted = context.call(VOLUME_PROMOTE, ReplicaOf(name=name))
+    if as_json:
+        print_json(promoted)
+    else:
+        click.echo(f"{name} can be written: clients that have it open read-only have to connect again")
+
+
+@volume.command("demote")
+@click.argument("name", shell_complete=complete_volumes)
+@json_option
+@pass_context
+def demote(context: Context, name: str, as_json: bool) -> None:
+    """Make NAME a replica: it takes no writes, and follows a volume of another server that replicates to it.
+
+    What was written to it since the last snapshot that both have is given up then; take a snapshot first to keep it.
+
+    \b
+    Example:
+      nbdsnap volume demote vol
+    """
+    demoted = context.call(VOLUME_DEMOTE, ReplicaOf(name=name))
+    if as_json:
+        print_json(demoted)
+    else:
+        click.echo(f"{name} is a replica: it takes no writes from clients")

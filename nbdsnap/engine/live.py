@@ -14,10 +14,9 @@ class LiveDevice:
     """The volume's own methods, bound here so that the data path pays for no second call.  ``closed`` is called
     once."""
 
-    read_only = False
-
     def __init__(self, volume: Volume, bases: Mapping[str, ChangeMap], closed: Callable[[], None]) -> None:
         self.name = volume.name
+        self.read_only = volume.record.replica
         self._volume = volume
         self._bases = bases
         self._closed: Callable[[], None] | None = closed

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from nbdsnap.engine import accounting, files, stamps
 from nbdsnap.engine.check import Checker
@@ -121,6 +122,8 @@ class Pool:
         self._lock = threading.RLock()
         self._volumes: dict[str, VolumeState] = {}
         self._open_devices = 0
+        self.replicator: Any = None
+        """The server's, for the operations that ask for it; nothing here uses it."""
         self._pool_lock = PoolLock(io, path)
         with contextlib.ExitStack() as undo:
             undo.callback(self._pool_lock.release)
@@ -734,6 +737,42 @@ class Pool:
                 if snapshot.id == identifier
             ]
 
+    def snapshots_of(self, volume: str) -> list[SnapshotInfo]:
+        """As they were taken, the oldest first; without what it takes to count their space."""
+        with self._lock:
+            state = self._state(volume)
+            return [_snapshot_info(state, snapshot) for snapshot in state.visible]
+
+    def is_blank(self, volume: str) -> bool:
+        """It has no snapshots, and nothing but zeroes."""
+        return self.receives.is_blank(self._volume(volume))
+
+    def volume_demote(self, name: str) -> VolumeStatus:
+        """Make it a replica: it takes no more writes from clients, and follows another pool's volume."""
+        return self._set_replica(name, True)
+
+    def volume_promote(self, name: str) -> VolumeStatus:
+        """Make a replica a volume like any other.  What has come of a snapshot that is not there yet is undone."""
+        state = self._volume(name)
+        if state.record.receiving is not None:
+            self.receives.abort(state)
+        return self._set_replica(name, False)
+
+    def _set_replica(self, name: str, replica: bool) -> VolumeStatus:
+        def change() -> None:
+            volume = self._volume(name)
+            if replica and not volume.record.replica and volume.connections:
+                raise InUseError(
+                    f"volume {name} is open: {volume.connections} connections", hint="disconnect its clients first"
+                )
+            record = replace(volume.record, replica=replica)
+            self._index.update(lambda txn: txn.put_volume(record.number, record.to_json()))
+            with self._lock:
+                volume.record = record
+
+        self._preserver.run(change)
+        return self.volume_show(name)
+
     def volume_id(self, name: str) -> str:
         return self._derived_id(f"{self._state(name).record.number}")
 
@@ -865,6 +904,7 @@ class Pool:
             snapshots=len(state.visible),
             connections=state.connections,
             error=state.error,
+            replica=record.replica,
         )
 
     def settle(self) -> None:
@@ -930,7 +970,7 @@ def _first_epoch(volume: Volume, base: SnapshotRecord) -> int:
 
 def _export(volume: Volume, snapshot: SnapshotRecord | None) -> Export:
     if snapshot is None:
-        return Export(volume.name, volume.size, False, f"live volume, {format_size(volume.size)}")
+        return Export(volume.name, volume.size, volume.record.replica, f"live volume, {format_size(volume.size)}")
     taken = snapshot.created.isoformat(timespec="seconds")
     return Export(f"{volume.name}@{snapshot.name}", snapshot.size, True, f"snapshot taken {taken}")
 

@@ -290,7 +290,7 @@ class Receives:
         """On the preserver's thread.  From here on there is something to undo."""
         record = volume.record
         stage = None
-        if volume.snapshots or not self._is_blank(volume):
+        if not self.is_blank(volume):
             stage = SnapshotRecord(record.epoch, STAGE_NAME, volume.size, now(), held=True)
             record = replace(record, epoch=record.epoch + 1)
         receiving: JsonObject = {
@@ -320,8 +320,8 @@ class Receives:
         volume.view = self._view(volume, stage)
         volume.refuse_parked(_refusal(volume))
 
-    def _is_blank(self, volume: Volume) -> bool:
-        return all(flags & STATE_ZERO for _, flags in volume.extents(0, volume.size))
+    def is_blank(self, volume: Volume) -> bool:
+        return not volume.snapshots and all(flags & STATE_ZERO for _, flags in volume.extents(0, volume.size))
 
     def _put(self, volume: Volume, receiving: JsonObject | None) -> None:
         def change() -> None:

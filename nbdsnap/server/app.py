@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvloop
 
@@ -34,6 +35,9 @@ from nbdsnap.server.listeners import Listener, adopt_listeners, check_exposure, 
 from nbdsnap.server.nbdserver import NbdServer
 from nbdsnap.server.security import Security
 from nbdsnap.server.systemd import inherited_sockets, notify, notify_reloading
+
+if TYPE_CHECKING:
+    from nbdsnap.replication.daemon import Replicator
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +62,7 @@ async def serve(
     ready: Callable[[str], None],
     config: Config | None = None,
     security: Security | None = None,
+    replicator: Replicator | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, on what is bound.  ``ready`` gets the line that says where.
 
@@ -87,13 +92,19 @@ async def serve(
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, on_signal)
         loop.add_signal_handler(signal.SIGHUP, on_reload)
-        ready(f"ready {' '.join(listener.uri for listener in listeners)} control={control.path}")
+        where = f"ready {' '.join(listener.uri for listener in listeners)} control={control.path}"
+        if replicator is not None:
+            replicator.start()
+            where += "" if replicator.listener is None else f" replication={replicator.listener.port}"
+        ready(where)
         notify("READY=1")
         await asked_to_stop.wait()
         log.info("asked to stop")
         notify("STOPPING=1")
     finally:
         await server.stop()
+        if replicator is not None:
+            await asyncio.to_thread(replicator.stop)
         await control.stop()
         await asyncio.to_thread(context.close)
 
@@ -175,8 +186,20 @@ def run(config: Config, accepted: Sequence[str] = ()) -> int:
         for info in pool.volume_list():
             if info.error is not None:
                 log.error("volume %s can't be served: %s", info.name, info.error)
-        uvloop.run(serve(pool, listeners, control, _print_line, config, security))
+        replicator = _make_replicator(pool, config)
+        uvloop.run(serve(pool, listeners, control, _print_line, config, security, replicator))
     return 0
+
+
+def _make_replicator(pool: Pool, config: Config) -> Replicator | None:
+    """Its port is bound when this returns."""
+    if not config.replicate and config.replication.listen is None:
+        return None
+    from nbdsnap.replication.daemon import Replicator  # its modules are many, and most servers do without
+
+    replicator = Replicator(pool, config)
+    pool.replicator = replicator
+    return replicator
 
 
 def _open_listeners(config: Config) -> list[Listener]:

@@ -214,10 +214,12 @@ def build_app(pool: Pool) -> Starlette:
     app = Starlette(
         routes=[
             Route("/v1", describe, methods=["GET"]),
+            Route("/metrics", metrics, methods=["GET"]),
             Route("/v1/{operation}", run_operation, methods=["POST"]),
         ],
         exception_handlers={NbdsnapError: _on_error, 404: _on_unknown, 405: _on_unknown},
     )
+    app.state.pool = pool
     app.state.runner = Runner(pool)
     return app
 
@@ -233,6 +235,14 @@ async def describe(_: HttpRequest) -> Response:
         for name, operation in OPERATIONS.items()
     }
     return JSONResponse({"version": __version__, "pid": os.getpid(), "operations": operations})
+
+
+async def metrics(http: HttpRequest) -> Response:
+    from nbdsnap.replication.metrics import render  # few ask, and its library takes long to import
+
+    pool: Pool = http.app.state.pool
+    content = await asyncio.to_thread(lambda: render(pool.replicator.status() if pool.replicator is not None else []))
+    return Response(content, media_type="text/plain; version=0.0.4")
 
 
 async def run_operation(http: HttpRequest) -> Response:

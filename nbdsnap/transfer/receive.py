@@ -19,7 +19,7 @@ from nbdsnap.engine.receiving import TRIM_BYTES, Arrival, Receive, Step
 from nbdsnap.errors import DeltaCutError, NbdsnapError, NotFoundError
 from nbdsnap.models import ReceiveReport
 from nbdsnap.transfer.pace import Progress
-from nbdsnap.transfer.streams import TICK_S, Source, read_events
+from nbdsnap.transfer.streams import TICK_S, ByteSource, Source, read_events
 from nbdsnap.transfer.token import Token
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class Writer:
 def receive(
     pool: Pool,
     volume: str,
-    source: Source,
+    source: ByteSource,
     progress: Progress,
     *,
     name: str | None = None,

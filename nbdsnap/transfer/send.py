@@ -23,7 +23,7 @@ from nbdsnap.engine.pool import Pool
 from nbdsnap.errors import NbdsnapError, NotFoundError, UsageError, from_exception
 from nbdsnap.models import SendReport, SnapshotInfo
 from nbdsnap.transfer.pace import Progress, RateLimit
-from nbdsnap.transfer.streams import Sink
+from nbdsnap.transfer.streams import ByteSink
 from nbdsnap.transfer.token import Token
 
 JOB_BYTES = 1 << 20
@@ -137,7 +137,7 @@ class Sender:
             done=done,
         )
 
-    def send(self, sink: Sink, progress: Progress, limit: RateLimit) -> SendReport:
+    def send(self, sink: ByteSink, progress: Progress, limit: RateLimit) -> SendReport:
         """Write all of it.  Where that fails, the stream says so, as far as it can."""
         encoder = Encoder(self.header)
         progress.total = self.header.estimate
@@ -167,7 +167,7 @@ class Sender:
             raise
         return self.report(stream_bytes=encoder.written, digest=encoder.digest, extents=extents, done=True)
 
-    def _abort(self, sink: Sink, encoder: Encoder, error: Exception) -> None:
+    def _abort(self, sink: ByteSink, encoder: Encoder, error: Exception) -> None:
         known = from_exception(error)
         try:
             sink.write(encoder.abort(str(known or type(error).__name__)))

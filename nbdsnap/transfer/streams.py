@@ -15,6 +15,7 @@ import select
 import socket
 import stat
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 from nbdsnap.delta.decoder import Decoder, Event
 from nbdsnap.delta.format import damaged
@@ -29,6 +30,22 @@ PIPE_BYTES = 1 << 20
 IOV_MAX = 1024
 READ_SIZE = 256 << 10
 """Bytes read ahead of the decoder, while its frames are small."""
+
+
+class ByteSource(Protocol):
+    """Where a stream comes from.  ``received``: bytes of it so far."""
+
+    received: int
+
+    def read_into(self, buffer: memoryview) -> int:
+        """Bytes read, at least one; 0 at the end of the stream."""
+
+
+class ByteSink(Protocol):
+    """Where a stream goes to."""
+
+    def write(self, buffers: Sequence[bytes | bytearray | memoryview]) -> None:
+        """All of them, one after the other."""
 
 
 def no_tick() -> None:
@@ -75,7 +92,7 @@ class Source:
         return count
 
 
-def read_events(source: Source) -> Iterator[Event]:
+def read_events(source: ByteSource) -> Iterator[Event]:
     """What a delta stream holds, up to its end, which has to be the stream's end, too."""
     decoder = Decoder()
     while not decoder.ended:

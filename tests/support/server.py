@@ -38,7 +38,8 @@ STOP_TIMEOUT_S = 30.0
 COMMAND_TIMEOUT_S = 60.0
 
 _READY = re.compile(
-    r"^ready nbds?://127\.0\.0\.1:(?P<port>\d+) nbds?\+unix:///\?socket=(?P<socket>\S+) control=(?P<control>\S+)$"
+    r"^ready nbds?://127\.0\.0\.1:(?P<port>\d+) nbds?\+unix:///\?socket=(?P<socket>\S+) control=(?P<control>\S+)"
+    r"(?: replication=(?P<replication>\d+))?$"
 )
 
 
@@ -77,6 +78,7 @@ class Server:
         self.config = folder / "nbdsnap.toml"
         self.stderr_path = folder / "stderr.log"
         self.port = 0
+        self.replication_port = 0
         self.process: subprocess.Popen[bytes] | None = None
         self.config.write_text(
             f'[server]\nlisten = ["tcp://127.0.0.1:0", "unix://{self.socket}"]\n'
@@ -101,6 +103,7 @@ class Server:
             self.kill()
             raise AssertionError(f"not a ready line: {line!r}\n{self.stderr()}")
         self.port = int(match["port"])
+        self.replication_port = int(match["replication"] or 0)
         assert match["socket"] == str(self.socket)
         assert match["control"] == str(self.control)
         return self

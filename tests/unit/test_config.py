@@ -12,10 +12,13 @@ from pydantic import BaseModel
 
 from nbdsnap.addresses import TcpAddress, UnixAddress
 from nbdsnap.config import (
+    AcceptConfig,
     AllowConfig,
     Config,
     LimitsConfig,
     PoolConfig,
+    ReplicateConfig,
+    ReplicationConfig,
     ServerConfig,
     TlsConfig,
     VolumeConfig,
@@ -227,6 +230,9 @@ def test_example_mentions_every_key() -> None:
     assert set(example["tls"]) == set(leaf_keys(TlsConfig))
     assert set(example["limits"]) == set(leaf_keys(LimitsConfig))
     assert set(example["allow"][0]) == set(leaf_keys(AllowConfig))
+    assert set(example["replication"]) == set(leaf_keys(ReplicationConfig))
+    assert set(example["replicate"][0]) == set(leaf_keys(ReplicateConfig))
+    assert set(example["accept"][0]) == set(leaf_keys(AcceptConfig))
 
 
 def test_example_shows_the_defaults_of_limits() -> None:
@@ -245,3 +251,53 @@ def test_example_comments_every_key() -> None:
     for number, line in enumerate(lines):
         if line and not line.startswith(("#", "[")):
             assert lines[number - 1].startswith("# "), f"{line!r} has no comment"
+
+
+# Replication
+
+
+def test_replication(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        """
+        [replication]
+        listen = "tcp://0.0.0.0:10810"
+        [[replicate]]
+        volume = "vol"
+        target = "https://host:10810"
+        every = "90s"
+        rate_limit = "1MiB"
+        [[replicate]]
+        volume = "vol"
+        target = "https://[::1]:1/other"
+        [[accept]]
+        certificate = ["a*"]
+        volumes = ["v*"]
+        """,
+    )
+    first, second = config.replicate
+    assert (first.every, first.rate_limit, first.keep, first.full) == (90.0, 1 << 20, 0, False)
+    assert (second.target, second.every) == ("https://[::1]:1/other", 900.0)
+    assert config.accept[0].create is False
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[replication]\nlisten = "unix:///x"', "[replication] listen: allowed: a TCP address"),
+        (
+            '[[replicate]]\nvolume = "vol"\ntarget = "http://host:1"',
+            "[[replicate]] 1: target: 'http://host:1' is no target",
+        ),
+        ('[[replicate]]\nvolume = "vol"\ntarget = "https://host"', "is no target"),
+        ('[[replicate]]\nvolume = "vol"\ntarget = "https://host:1/a/b"', "is no name"),
+        ('[[replicate]]\nvolume = "vol"\ntarget = "https://host:1"\nevery = "soon"', "'soon' is no span of time"),
+        ('[[replicate]]\nvolume = "vol"\ntarget = "https://host:1"\nevery = 0', "out of range"),
+        ('[[replicate]]\nvolume = "vol"', "[[replicate]] 1: target: missing"),
+        ('[[replicate]]\nvolume = "v"\ntarget = "https://h:1"\n' * 2, "stands twice"),
+        ('[[accept]]\ncertificate = ["a"]', "[[accept]] 1: volumes: missing"),
+    ],
+)
+def test_mistakes_of_replication(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load(tmp_path, text)

@@ -28,7 +28,7 @@ MAY_USE: dict[str, set[str]] = {
     "addresses": set(),
     "config": BASE | {"addresses", "engine.names", "store.layout"},
     "operations": BASE | {"engine", "delta", "transfer"},
-    "replication": BASE | {"engine", "delta", "transfer", "operations"},
+    "replication": BASE | {"engine", "delta", "transfer", "config", "addresses", "operations"},
     "server": BASE | {"engine", "nbd", "delta", "replication", "addresses", "config", "operations"},
     "client": BASE | {"engine", "config", "operations"},
     "cli": BASE

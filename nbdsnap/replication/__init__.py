@@ -1,0 +1,1 @@
+"""Replication: volumes that follow others, in other pools, over HTTPS (docs/replication.md)."""
