@@ -106,6 +106,8 @@ class LocalClient:
     """Operations on a pool that this process has opened; of one that it only looks at (``offline``): the check."""
 
     def __init__(self, config: Config, *, offline: bool = False) -> None:
+        from nbdsnap.config import hooks_of
+        from nbdsnap.engine.hooks import Hooks
         from nbdsnap.engine.offline import OfflinePool
         from nbdsnap.engine.pool import Pool, PoolOptions
 
@@ -113,7 +115,9 @@ class LocalClient:
         if offline:
             self._pool = OfflinePool(config.pool.path)
             return
-        self._pool = Pool.open(config.pool.path, PoolOptions(**config.pool.model_dump(exclude={"path"})))
+        hooks = {volume: Hooks(**one) for volume, one in hooks_of(config).items()}
+        options = PoolOptions(**config.pool.model_dump(exclude={"path"}), hooks=hooks)
+        self._pool = Pool.open(config.pool.path, options)
 
     def call(self, operation: Operation[Req, Res], request: Req, on_event: OnEvent | None = None) -> Res:
         return _LocalCall(self._pool, operation, request).follow(on_event)

@@ -37,6 +37,7 @@ from nbdsnap.addresses import (
     socket_path,
 )
 from nbdsnap.engine.names import check_name
+from nbdsnap.engine.schedule import Schedule, parse_schedules
 from nbdsnap.errors import ConfigError, UsageError
 from nbdsnap.sizes import parse_size
 from nbdsnap.store.layout import DEFAULT_LOG_SIZE
@@ -149,6 +150,14 @@ def _duration(value: object) -> float:
     return seconds
 
 
+def _schedules(value: object) -> tuple[Schedule, ...]:
+    if isinstance(value, tuple):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(f"{value!r} is no table")
+    return parse_schedules(value)
+
+
 ConfigPath = Annotated[Path, PlainValidator(_path)]
 SocketPath = Annotated[Path, PlainValidator(_control)]
 ListenAddress = Annotated[Address, PlainValidator(_address)]
@@ -167,6 +176,9 @@ Target = Annotated[str, PlainValidator(_target)]
 Duration = Annotated[float, PlainValidator(_duration)]
 DURATION_ALLOWED = "a number of seconds, or a string such as '30s', '15min', '1h' or '1d'"
 
+Schedules = Annotated[tuple[Schedule, ...], PlainValidator(_schedules)]
+Words = Annotated[list[str], Field(min_length=1)]
+Timeout = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 Percent = Annotated[int, Field(ge=1, le=100)]
 
 SIZE_ALLOWED = "bytes, or a string with a unit of K M G T (powers of 1024) such as '10GiB'"
@@ -207,6 +219,13 @@ class VolumeConfig(_Section):
     origin: ConfigPath | None = Field(default=None, description="the path of a raw file or block device")
     thin: bool = Field(default=False, description="true, for a volume without an origin")
     size: Size = Field(default=None, description=SIZE_ALLOWED)
+    snapshots: Schedules = Field(
+        default=(),
+        description="a table such as { hourly = 24, daily = 7, nightly = { at = '30 3 * * *', keep = 7 } }",
+    )
+    before_snapshot: Words = Field(default=[], description="a command: a list of one or more words")
+    after_snapshot: Words = Field(default=[], description="a command: a list of one or more words")
+    hook_timeout_s: Timeout = Field(default=30.0, description="seconds, above 0")
 
 
 class TlsConfig(_Section):
@@ -341,6 +360,19 @@ class Config(_Section):
     replication: ReplicationConfig = Field(default=ReplicationConfig(), description="a table: [replication]")
     replicate: list[ReplicateConfig] = Field(default=[], description="an array of tables: [[replicate]]")
     accept: list[AcceptConfig] = Field(default=[], description="an array of tables: [[accept]]")
+
+
+def hooks_of(config: Config) -> dict[str, dict[str, Any]]:
+    """What to run around snapshots, by volume: the arguments of :class:`nbdsnap.engine.hooks.Hooks`."""
+    return {
+        volume.name: {
+            "before": volume.before_snapshot,
+            "after": volume.after_snapshot,
+            "timeout_s": volume.hook_timeout_s,
+        }
+        for volume in config.volumes
+        if volume.before_snapshot or volume.after_snapshot
+    }
 
 
 def load_config(path: Path) -> Config:

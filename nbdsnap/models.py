@@ -153,6 +153,21 @@ class RollbackReport(BaseModel):
     done: bool
 
 
+class KeptSnapshot(BaseModel):
+    """One that its schedule would drop, and why it stays."""
+
+    name: str
+    reason: str
+
+
+class PruneReport(BaseModel):
+    """What schedules do not keep any more: deleted (or, in a dry run, to be deleted), and kept all the same."""
+
+    names: list[str]
+    freed_bytes: int
+    kept: list[KeptSnapshot]
+
+
 class SnapshotDeletion(BaseModel):
     """What was deleted, or would be: names as ``VOLUME@NAME``, and the bytes of the store that it gives back."""
 

@@ -29,6 +29,7 @@ from nbdsnap.models import (
     CheckReport,
     Extent,
     PoolStatus,
+    PruneReport,
     ReceiveReport,
     ReplicationStatus,
     RollbackReport,
@@ -41,6 +42,7 @@ from nbdsnap.models import (
 
 if TYPE_CHECKING:  # a client of the API needs the table, not the engine
     from nbdsnap.engine.pool import Pool
+    from nbdsnap.engine.schedule import Schedule
 
 EXTENTS_PER_EVENT = 1024
 """Some 50 KiB of JSON: large enough that the event costs nothing beside its content, small enough to be no memory."""
@@ -141,6 +143,22 @@ class SnapshotNames(Request):
 class SnapshotPriority(Request):
     name: str
     priority: int
+
+
+class ScheduleRule(Request):
+    """A schedule, as ``[[volume]] snapshots`` has it, of ``volume``."""
+
+    volume: str
+    label: str
+    at: str
+    keep: int
+
+
+class SnapshotPrune(Request):
+    """``schedules``: the configuration's."""
+
+    schedules: list[ScheduleRule]
+    dry_run: bool = False
 
 
 class RollbackTo(Request):
@@ -300,6 +318,18 @@ def _progress_to(emit: Emit) -> Callable[[int, int], None]:
             emit(Progress.model_construct(done=done, total=total))
 
     return progress
+
+
+def _schedules(request: SnapshotPrune) -> dict[str, list[Schedule]]:
+    from nbdsnap.engine.schedule import parse_schedules
+
+    found: dict[str, list[Schedule]] = {}
+    for rule in request.schedules:
+        try:
+            found.setdefault(rule.volume, []).extend(parse_schedules({rule.label: {"at": rule.at, "keep": rule.keep}}))
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+    return found
 
 
 def _check(pool: Pool, request: CheckScope, emit: Emit) -> CheckReport:
@@ -504,6 +534,14 @@ SNAPSHOT_PRIORITY: Operation[SnapshotPriority, SnapshotInfo] = Operation(
     SnapshotInfo,
     lambda pool, request, _: pool.snapshot_priority(request.name, request.priority),
 )
+SNAPSHOT_PRUNE: Operation[SnapshotPrune, PruneReport] = Operation(
+    "snapshot.prune",
+    "Delete the snapshots that schedules do not keep any more, but what is held or in use; their space is given back "
+    "after the answer. With `dry_run`, only say which.",
+    SnapshotPrune,
+    PruneReport,
+    lambda pool, request, _: pool.prune(_schedules(request), dry_run=request.dry_run),
+)
 ROLLBACK: Operation[RollbackTo, RollbackReport] = Operation(
     "rollback",
     "Give the live volume the content of its snapshot `name`; every snapshot stays. Refused while clients have the "
@@ -610,6 +648,7 @@ OPERATIONS: dict[str, Operation[Any, Any]] = {
         SNAPSHOT_RELEASE,
         SNAPSHOT_PRIORITY,
         CLONE,
+        SNAPSHOT_PRUNE,
         ROLLBACK,
         SEND,
         RECEIVE,

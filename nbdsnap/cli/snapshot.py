@@ -11,6 +11,7 @@ from nbdsnap.cli.names import complete_new_snapshot, complete_snapshots, complet
 from nbdsnap.cli.options import Group, dry_run_option, json_option
 from nbdsnap.cli.output import Column, format_time, print_json, print_table
 from nbdsnap.cli.progress import progress_bar
+from nbdsnap.errors import NotFoundError
 from nbdsnap.models import SnapshotInfo
 from nbdsnap.operations import (
     SNAPSHOT_CREATE,
@@ -18,14 +19,17 @@ from nbdsnap.operations import (
     SNAPSHOT_HOLD,
     SNAPSHOT_LIST,
     SNAPSHOT_PRIORITY,
+    SNAPSHOT_PRUNE,
     SNAPSHOT_RECLAIM,
     SNAPSHOT_RELEASE,
     Nothing,
+    ScheduleRule,
     SnapshotCreate,
     SnapshotDelete,
     SnapshotList,
     SnapshotNames,
     SnapshotPriority,
+    SnapshotPrune,
 )
 from nbdsnap.sizes import format_size
 
@@ -133,6 +137,47 @@ def delete(context: Context, names: tuple[str, ...], background: bool, dry_run: 
     for name in deleted.names:
         click.echo(f"{'would delete' if dry_run else 'deleted'} {name}")
     click.echo(f"{'would free' if dry_run else 'freed'} {format_size(deleted.freed_bytes)}")
+
+
+@snapshot.command("prune")
+@click.argument("volumes", metavar="[VOLUME...]", nargs=-1, shell_complete=complete_volumes)
+@click.option("--background", is_flag=True, help="Do not wait until their space is given back.")
+@dry_run_option
+@json_option
+@pass_context
+def prune(context: Context, volumes: tuple[str, ...], background: bool, dry_run: bool, as_json: bool) -> None:
+    """Delete the snapshots that their schedules do not keep any more, of VOLUMES or of all.
+
+    The server does so by itself after each snapshot that it takes by schedule. What is held, open, or the base of a
+    clone stays.
+
+    \b
+    Example:
+      nbdsnap snapshot prune --dry-run
+    """
+    rules = [
+        ScheduleRule(volume=volume.name, label=rule.label, at=rule.at, keep=rule.keep)
+        for volume in context.config().volumes
+        for rule in volume.snapshots
+        if not volumes or volume.name in volumes
+    ]
+    for volume in volumes:
+        if volume not in {rule.volume for rule in rules}:
+            raise NotFoundError(
+                f"the configuration has no schedule for volume {volume}", hint="it is [[volume]] snapshots = { ... }"
+            )
+    report = context.call(SNAPSHOT_PRUNE, SnapshotPrune(schedules=rules, dry_run=dry_run))
+    if report.names and not (dry_run or background):
+        with progress_bar("giving space back") as on_event:
+            context.call(SNAPSHOT_RECLAIM, Nothing(), on_event)
+    if as_json:
+        print_json(report)
+        return
+    for name in report.names:
+        click.echo(f"{'would delete' if dry_run else 'deleted'} {name}")
+    for one in report.kept:
+        click.echo(f"keeps {one.name}: {one.reason}")
+    click.echo(f"{'would free' if dry_run else 'freed'} {format_size(report.freed_bytes)}")
 
 
 @snapshot.command("hold")

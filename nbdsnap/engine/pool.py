@@ -15,7 +15,8 @@ import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -27,6 +28,7 @@ from nbdsnap.engine.clones import Clones, check_no_clones
 from nbdsnap.engine.deletion import KEEP, MIN_PRIORITY, Deletions, Doomed, check_deletable
 from nbdsnap.engine.device import Device
 from nbdsnap.engine.diff import ChangeMap, changed_blocks, extents
+from nbdsnap.engine.hooks import Hooks, at_rest
 from nbdsnap.engine.live import LiveDevice
 from nbdsnap.engine.lock import PoolLock
 from nbdsnap.engine.names import check_name, parse_snapshot_name
@@ -38,6 +40,7 @@ from nbdsnap.engine.recovery import recover
 from nbdsnap.engine.redirected import RedirectedVolume
 from nbdsnap.engine.resize import Resizes
 from nbdsnap.engine.rollback import Progress, Rollbacks, find_target
+from nbdsnap.engine.schedule import Schedule
 from nbdsnap.engine.space import Space
 from nbdsnap.engine.volume import Volume
 from nbdsnap.errors import (
@@ -52,7 +55,9 @@ from nbdsnap.errors import (
 from nbdsnap.models import (
     CheckReport,
     Extent,
+    KeptSnapshot,
     PoolStatus,
+    PruneReport,
     RollbackReport,
     Sharing,
     SnapshotDeletion,
@@ -95,12 +100,14 @@ class PoolOptions:
     ``log_size``: bytes of the intent log.
     ``on_full``: "refuse-writes" or "drop-snapshots" (:mod:`nbdsnap.engine.deletion`), when there is no space left.
     ``warn_at``: percentages of the store's capacity (:mod:`nbdsnap.engine.space`).
+    ``hooks``: by volume, what to run before and after its snapshots.
     """
 
     store_limit: int | None = None
     log_size: int = DEFAULT_LOG_SIZE
     on_full: str = ON_FULL[0]
     warn_at: Sequence[int] = WARN_AT
+    hooks: Mapping[str, Hooks] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -124,6 +131,7 @@ class Pool:
         self._open_devices = 0
         self.replicator: Any = None
         """The server's, for the operations that ask for it; nothing here uses it."""
+        self._hooks = options.hooks
         self._pool_lock = PoolLock(io, path)
         with contextlib.ExitStack() as undo:
             undo.callback(self._pool_lock.release)
@@ -603,18 +611,23 @@ class Pool:
     # Snapshots
 
     def snapshot_create(self, names: Sequence[str]) -> list[SnapshotInfo]:
-        """Take ``VOLUME@NAME``, each, at one instant: all or none.
+        """Take ``VOLUME@NAME``, each, at one instant: all or none; between the hooks of these volumes.
 
         Cost: what the origins have not written back yet is synced, and one transaction; whatever the volumes' sizes.
         """
         wanted = [parse_snapshot_name(text) for text in names]
         if len({volume for volume, _ in wanted}) != len(wanted):
             raise UsageError("one volume is named twice", hint="one instant gives one snapshot of a volume")
-        volumes = [self._volume(volume_name) for volume_name, _ in wanted]
-        list(self._workers.map(_sync_early, volumes))  # the long part, while writes go on
-        return self._preserver.run(lambda: self._take(wanted))
+        hooks = {name: self._hooks[name] for name, _ in wanted if name in self._hooks}
+        if hooks:
+            self._check_new_snapshots(wanted)
+        with at_rest(hooks, names):
+            volumes = [self._volume(volume_name) for volume_name, _ in wanted]
+            list(self._workers.map(_sync_early, volumes))  # the long part, while writes go on
+            return self._preserver.run(lambda: self._take(wanted))
 
-    def _take(self, wanted: list[tuple[str, str]]) -> list[SnapshotInfo]:
+    def _check_new_snapshots(self, wanted: list[tuple[str, str]]) -> list[Volume]:
+        """The volumes; refused where a snapshot can't be taken."""
         volumes: list[Volume] = []
         for volume_name, name in wanted:
             volume = self._volume(volume_name)
@@ -622,6 +635,10 @@ class Pool:
             if volume.find(name) is not None:
                 raise AlreadyExistsError(f"snapshot {volume_name}@{name} exists already")
             volumes.append(volume)
+        return volumes
+
+    def _take(self, wanted: list[tuple[str, str]]) -> list[SnapshotInfo]:
+        volumes = self._check_new_snapshots(wanted)
         created = now()
         taken = [
             SnapshotRecord(volume.record.epoch, name, volume.size, created, id=str(uuid.uuid4()))
@@ -669,6 +686,30 @@ class Pool:
             for one in started if wait else ():
                 one.result()
         return SnapshotDeletion(names=list(names), freed_bytes=freed)
+
+    def snapshot_names(self, volume: str) -> tuple[datetime, list[str]]:
+        """When the volume was created, and the names of its snapshots."""
+        with self._lock:
+            state = self._state(volume)
+            return state.record.created, [snapshot.name for snapshot in state.visible]
+
+    def prune(self, schedules: Mapping[str, Sequence[Schedule]], *, dry_run: bool = False) -> PruneReport:
+        """Delete what schedules (by volume) do not keep any more, in the background.
+
+        What is held or in use stays, whatever a schedule says.
+        """
+        doomed: list[str] = []
+        kept: list[KeptSnapshot] = []
+        for volume, rules in schedules.items():
+            names = self.snapshot_names(volume)[1] if volume in self._volumes else []
+            for name in (f"{volume}@{name}" for schedule in rules for name in schedule.excess(names)):
+                try:
+                    self._deletable([name])
+                    doomed.append(name)
+                except InUseError as error:
+                    kept.append(KeptSnapshot(name=name, reason=str(error)))
+        freed = self.snapshot_delete(doomed, dry_run=dry_run, wait=False).freed_bytes if doomed else 0
+        return PruneReport(names=doomed, freed_bytes=freed, kept=kept)
 
     def reclaim(self, progress: Progress | None = None) -> int:
         """Wait until the space of deleted snapshots is given back, and return how much that was since the call.

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING
 
 import uvloop
 
-from nbdsnap.config import Config, load_config
+from nbdsnap.config import Config, hooks_of, load_config
+from nbdsnap.engine.hooks import Hooks
 from nbdsnap.engine.plan import check_volumes
 from nbdsnap.engine.pool import Pool, PoolOptions
 from nbdsnap.errors import NbdsnapError, NotFoundError
@@ -35,6 +36,7 @@ from nbdsnap.server.listeners import Listener, adopt_listeners, check_exposure, 
 from nbdsnap.server.nbdserver import NbdServer
 from nbdsnap.server.security import Security
 from nbdsnap.server.systemd import inherited_sockets, notify, notify_reloading
+from nbdsnap.server.timer import SnapshotTimer
 
 if TYPE_CHECKING:
     from nbdsnap.replication.daemon import Replicator
@@ -74,6 +76,7 @@ async def serve(
     server = NbdServer(context, pool, security)
     asked_to_stop = asyncio.Event()
     reloads: set[asyncio.Task[None]] = set()
+    timer = SnapshotTimer(pool, {volume.name: volume.snapshots for volume in config.volumes} if config else {})
 
     def on_signal() -> None:
         if asked_to_stop.is_set():
@@ -98,6 +101,7 @@ async def serve(
             where += "" if replicator.listener is None else f" replication={replicator.listener.port}"
         ready(where)
         notify("READY=1")
+        timer.start()
         await asked_to_stop.wait()
         log.info("asked to stop")
         notify("STOPPING=1")
@@ -105,6 +109,7 @@ async def serve(
         await server.stop()
         if replicator is not None:
             await asyncio.to_thread(replicator.stop)
+        await asyncio.to_thread(timer.stop)
         await control.stop()
         await asyncio.to_thread(context.close)
 
@@ -218,7 +223,8 @@ def _open_existing(config: Config) -> Pool | None:
 
 
 def _pool_options(config: Config) -> PoolOptions:
-    return PoolOptions(**config.pool.model_dump(exclude={"path"}))
+    hooks = {volume: Hooks(**one) for volume, one in hooks_of(config).items()}
+    return PoolOptions(**config.pool.model_dump(exclude={"path"}), hooks=hooks)
 
 
 def _print_line(line: str) -> None:

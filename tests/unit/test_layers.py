@@ -26,7 +26,7 @@ MAY_USE: dict[str, set[str]] = {
     "engine": BASE | {"store"},
     "transfer": BASE | {"engine", "store", "delta"},
     "addresses": set(),
-    "config": BASE | {"addresses", "engine.names", "store.layout"},
+    "config": BASE | {"addresses", "engine.names", "engine.schedule", "store.layout"},
     "operations": BASE | {"engine", "delta", "transfer"},
     "replication": BASE | {"engine", "delta", "transfer", "config", "addresses", "operations"},
     "server": BASE | {"engine", "nbd", "delta", "replication", "addresses", "config", "operations"},
