@@ -11,6 +11,7 @@ Measured: 64 KiB from the page cache to offset 28 of a page takes 40 us, to offs
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 
 HEADROOM = 64
 """Bytes in front of a payload: a cache line; the longest header (extended OFFSET_DATA) has 40."""
@@ -31,9 +32,11 @@ def new_buffer(size: int) -> memoryview:
 
 
 class BufferPool:
-    """For the loop's thread only.  A buffer's length is EXTRA more than a power of two."""
+    """For the loop's thread only.  A buffer's length is EXTRA more than a power of two.  ``on_give`` is told of each
+    buffer that comes back."""
 
-    def __init__(self, kept_bytes: int = KEPT_BYTES) -> None:
+    def __init__(self, kept_bytes: int = KEPT_BYTES, on_give: Callable[[memoryview], None] | None = None) -> None:
+        self._on_give = on_give
         self._kept: dict[int, list[memoryview]] = {}
         self._room = kept_bytes
 
@@ -48,6 +51,8 @@ class BufferPool:
 
     def give(self, buffer: memoryview) -> None:
         """Back, from who took it; nobody uses it any more."""
+        if self._on_give is not None:
+            self._on_give(buffer)
         if len(buffer) <= self._room:
             self._room -= len(buffer)
             self._kept.setdefault(len(buffer), []).append(buffer)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from nbdsnap.server.buffers import BufferPool, new_buffer
 from nbdsnap.server.busypoll import BusyPoll
 from nbdsnap.server.completions import Completions
+from nbdsnap.server.turns import Turns
 from nbdsnap.server.workers import Workers
 
 INBOUND = 256 << 10
@@ -55,7 +56,7 @@ class Limits:
 
     held_bytes: int = 32 << 20
     """Of one connection: payloads in work, buffers being read into, and replies queued; past it, nothing more is read
-    from it.  One request alone may exceed it: 64 MiB of a WRITE, READ_WHOLE of a READ."""
+    from it.  A WRITE alone may exceed it, with up to 64 MiB: in its turn (:mod:`nbdsnap.server.turns`)."""
 
     held_bytes_total: int = 1 << 30
     """Of all connections together: each one's share is ``held_bytes``, or less where there are many."""
@@ -95,7 +96,8 @@ class Context:
         """What one connection may hold now."""
         self.completions = Completions(loop)
         self.poll = BusyPoll(loop, self.completions)
-        self.buffers = BufferPool()
+        self.turns = Turns(limits.held_bytes_total // 2, loop.call_soon)
+        self.buffers = BufferPool(on_give=self.turns.given)
         self.workers = Workers()
         self.inbound = new_buffer(INBOUND)
         self.records = new_buffer(RECORDS)
@@ -104,6 +106,7 @@ class Context:
     def share(self, connections: int) -> None:
         """So many share the bytes in flight."""
         limits = self.limits
+        self.turns.total = limits.held_bytes_total // 2
         share = max(LEAST_SHARE, limits.held_bytes_total // max(1, connections))
         self.held_bytes = min(limits.held_bytes, share)
 

@@ -192,7 +192,14 @@ class DataPath:
         if self._parser.needed > body_min and not self._stalled and not self.finishing:
             header = self._header.size
             _, flags, command, cookie, offset, length = self._header.unpack_from(data, position)
+            is_long = length > self.context.held_bytes
+            if is_long and not self.context.turns.ask(self, length):
+                self._stalled = True
+                self._tail = bytes(data[position:end])
+                return
             body = Body((command, flags, cookie, offset, length, 0), self.context.buffers.take(length))
+            if is_long:
+                self.context.turns.hold(body.buffer, length)
             body.filled = end - position - header
             body.view[: body.filled] = data[position + header : end]
             self._body = body
@@ -467,6 +474,23 @@ class DataPath:
             self._resume()
         self._go_on()
 
+    def on_turn(self) -> None:
+        """A request that is longer than this connection's share may ask again for its turn; or it steps back, while
+        its client does not take its replies."""
+        if self._stalled and not self._has_room():
+            self.context.turns.leave(self)
+        else:
+            self.connection.go_on()
+
+    @property
+    def has_turn(self) -> bool:
+        """Whether others may be waiting for this client to send the rest of a long request."""
+        return self._body is not None and self.context.turns.is_held(self._body.buffer)
+
+    @property
+    def waits_for_turn(self) -> bool:
+        return self.context.turns.is_waiting(self)
+
     def owed(self) -> object:
         """What is the client's to do, in a form that changes when it does some of it; None: nothing."""
         if self.channel.queued:
@@ -523,9 +547,16 @@ class DataPath:
     def shut_down(self) -> None:
         """Finish what is in flight, refuse what arrives from now on, then close."""
         self._refusing = True
+        self._leave_turns()
         if self._body is None and not self._stalled and not self.finishing:
             self.receive()  # what the client has sent already
         self._go_on()
+
+    def _leave_turns(self) -> None:
+        """A request that waits for its turn was not begun."""
+        if self.context.turns.is_waiting(self):
+            self.context.turns.leave(self)
+            self._stalled, self._tail = False, b""
 
     def _refuse(self, requests: list[Request]) -> None:
         self.send(memoryview(b"".join(self._refusal(request) for request in requests if request[0] != NBD_CMD_DISC)))
@@ -536,6 +567,7 @@ class DataPath:
     def abandon(self) -> None:
         """The connection is closed: forget what was not begun.  Jobs under way end by themselves."""
         self.finishing = True
+        self._leave_turns()
         self._backlog, self._tail = [], b""
         if self._body is not None:
             self.held -= len(self._body.view)

@@ -84,8 +84,7 @@ class NbdServer:
             self._looks.cancel()
         for connection in list(self._connections):
             connection.look(loop.time())
-        interval_s = looks_s(self._context.limits)
-        self._looks = None if interval_s is None else loop.call_later(interval_s, self._look_on)
+        self._looks = loop.call_later(looks_s(self._context.limits), self._look_on)
 
     @property
     def connections(self) -> int:

@@ -66,7 +66,7 @@ def start_read(path: DataPath, request: Request) -> bytes | None:
     whole = not path.session.structured or bool(flags & NBD_CMD_FLAG_DF)
     if length <= READ_INLINE:
         path.cold_reads.add([request])  # a READ with a flag, then, which needs no haste
-    elif whole and length <= READ_WHOLE:
+    elif whole and length <= min(READ_WHOLE, max(READ_PIECE, path.context.held_bytes // 2)):
         job = ReadJob(path, [request])
         path.context.workers.submit(job.run)
     else:
@@ -407,7 +407,7 @@ class BigRead:
         path = self._path
         if path.channel.closed:
             self._end()
-        elif path.channel.queued < READ_AHEAD:
+        elif path.channel.queued < min(READ_AHEAD, path.context.held_bytes // 2):
             self._next()
         else:
             path.waiting_reads.append(self)
