@@ -163,6 +163,19 @@ class PoolMachine(RuleBasedStateMachine):
         submit(self._live(name), kind, offset, length, fua=fua, no_hole=no_hole and kind == OpKind.ZERO).wait()
         self._model_zero(name, offset, length, self._next())
 
+    @rule(where=ranges())
+    def cut_off(self, where: tuple[str, int, int]) -> None:
+        """Shrink a volume, and grow it again: zeroes come back, and the snapshots keep what was there."""
+        name, offset, length = where
+        cut = max(offset, 1)
+        self.target.resize(name, cut)
+        self._model_zero(name, cut, SIZES[name] - cut, self._next())
+        model = self.volumes[name]
+        for snapshot in list(model.snapshots)[-1:]:
+            self._check_snapshot(name, snapshot, offset, length)
+        self.target.resize(name, SIZES[name])
+        assert read(self._live(name), offset, length) == model.live.read(offset, length)
+
     @rule(
         name=names,
         window=st.integers(0, 3),

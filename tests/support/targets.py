@@ -52,6 +52,8 @@ class Target(Protocol):
 
     def diff(self, older: str, newer: str | None = None) -> list[Extent]: ...
 
+    def resize(self, volume: str, size: int) -> None: ...
+
     def status(self) -> PoolStatus: ...
 
     def check(self) -> CheckReport: ...
@@ -123,6 +125,9 @@ class EngineTarget:
 
     def diff(self, older: str, newer: str | None = None) -> list[Extent]:
         return list(self.pool.diff(older, newer))
+
+    def resize(self, volume: str, size: int) -> None:
+        self.pool.volume_resize(volume, size, shrink=True)
 
     def status(self) -> PoolStatus:
         return self.pool.status()
@@ -242,6 +247,9 @@ class ServerTarget:
         request = operations.DiffRange.model_validate({"from": older, "to": newer})
         self._control.call(operations.DIFF, request, lambda event: extents.extend(event.extents))
         return extents
+
+    def resize(self, volume: str, size: int) -> None:
+        self._control.call(operations.VOLUME_RESIZE, operations.VolumeResize(name=volume, size=size, shrink=True))
 
     def status(self) -> PoolStatus:
         return self._control.call(operations.STATUS, operations.Nothing())
