@@ -49,10 +49,11 @@ class Op:
     """One modifying operation on its way through the engine.
 
     ``data``: the payload of a WRITE: bytes-like, owned by the operation until ``done``.
-    ``fua``: stable storage before ``done``.  ``no_hole``: a ZERO must leave the range allocated.
+    ``fua``: stable storage before ``done``.  ``no_hole``: a ZERO must leave the range allocated.  ``fast``: one that
+    could only be done by writing zeroes fails with ENOTSUP instead, and changes nothing.
     """
 
-    __slots__ = ("data", "done", "fua", "kind", "length", "no_hole", "offset")
+    __slots__ = ("data", "done", "fast", "fua", "kind", "length", "no_hole", "offset")
 
     def __init__(
         self,
@@ -63,6 +64,7 @@ class Op:
         data: bytes | bytearray | memoryview | None = None,
         fua: bool = False,
         no_hole: bool = False,
+        fast: bool = False,
     ) -> None:
         self.kind = kind
         self.offset = offset
@@ -71,6 +73,7 @@ class Op:
         self.data = data
         self.fua = fua
         self.no_hole = no_hole
+        self.fast = fast
 
 
 class Device(Protocol):

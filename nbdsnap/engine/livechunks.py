@@ -179,7 +179,7 @@ class LiveChunks:
     def write(self, data: bytes | bytearray | memoryview, offset: int) -> None:
         raise AssertionError("only an operation as a whole can be written")
 
-    def punch_hole(self, offset: int, length: int) -> None:
+    def punch_hole(self, offset: int, length: int, *, fast: bool = False) -> None:
         raise AssertionError("only an operation as a whole can be written")
 
     zero_range = punch_hole

@@ -140,7 +140,7 @@ def _start_trim(path: DataPath, request: Request) -> bytes | None:
 
 
 def _start_zero(path: DataPath, request: Request) -> bytes | None:
-    """Punching a hole is fast everywhere; keeping the range allocated need not be, so that is refused at once."""
+    """Keeping the range allocated need not be fast, so that is refused at once; the engine knows about the rest."""
     _, flags, cookie, offset, length, _ = request
     if not length:
         return path.replies.success(cookie, offset)
@@ -226,7 +226,9 @@ class ModifyInPieces:
         step = min(PIECE, length - self._done)
         self._done += step
         fua = bool(flags & NBD_CMD_FLAG_FUA) and self._done == length
-        self._path.device.submit(Op(self._kind, start, step, self._finish_piece, fua=fua, no_hole=self._no_hole))
+        fast = bool(flags & NBD_CMD_FLAG_FAST_ZERO) and self._kind == OpKind.ZERO
+        done = self._finish_piece
+        self._path.device.submit(Op(self._kind, start, step, done, fua=fua, no_hole=self._no_hole, fast=fast))
 
     def _finish_piece(self, error: BaseException | None) -> None:
         """On the engine's thread."""

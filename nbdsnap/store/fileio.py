@@ -102,23 +102,25 @@ class FileIO:
     def truncate(self, fd: int, size: int) -> None:
         os.ftruncate(fd, size)
 
-    def punch_hole(self, fd: int, offset: int, length: int) -> None:
+    def punch_hole(self, fd: int, offset: int, length: int, *, fast: bool = False) -> None:
         """Make the range read as zeroes and give its space back; the file's size stays.
 
-        Falls back to writing zeroes where the file system or device can't punch there.
+        Falls back to writing zeroes where the file system or device can't punch there; with ``fast``, that is ENOTSUP.
         """
-        self._zero(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
+        self._zero(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length, fast=fast)
 
     def zero_range(self, fd: int, offset: int, length: int) -> None:
         """Make the range read as zeroes and keep (or make) it allocated."""
         self._zero(fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, offset, length)
 
-    def _zero(self, fd: int, mode: int, offset: int, length: int) -> None:
+    def _zero(self, fd: int, mode: int, offset: int, length: int, *, fast: bool = False) -> None:
         try:
             self.fallocate(fd, mode, offset, length)
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV):
                 raise
+            if fast:
+                raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP)) from None
             block = bytes(min(length, 1 << 20))
             while length:
                 count = min(length, len(block))

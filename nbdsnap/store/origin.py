@@ -56,8 +56,8 @@ class Origin:
         """Likewise, and what fstat(2) says of the file."""
         self._io.fsync(self.fd)
 
-    def punch_hole(self, offset: int, length: int) -> None:
-        self._io.punch_hole(self.fd, offset, length)
+    def punch_hole(self, offset: int, length: int, *, fast: bool = False) -> None:
+        self._io.punch_hole(self.fd, offset, length, fast=fast)
 
     def zero_range(self, offset: int, length: int) -> None:
         self._io.zero_range(self.fd, offset, length)

@@ -1,4 +1,4 @@
-"""The data path in a thread of this process, on raw files: real sockets, a real event loop, no engine."""
+"""The data path in a thread of this process, on raw files as a rule: real sockets, a real event loop."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import uvloop
 
 from nbdsnap.addresses import Tls
 from nbdsnap.server.context import Context, Limits
+from nbdsnap.server.exports import ExportPool
 from nbdsnap.server.listeners import Listener
 from nbdsnap.server.nbdserver import NbdServer
 from nbdsnap.server.security import Security
 from tests.support.client import Client
-from tests.support.rawdevice import RawPool
 
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ class ServerThread:
 
     def __init__(
         self,
-        pool: RawPool,
+        pool: ExportPool,
         limits: Limits | None = None,
         listeners: Sequence[Listener] = (),
         security: Security | None = None,
