@@ -1,7 +1,7 @@
 """The servers that the table is printed for, side by side: nbdsnap and the three that everyone knows.
 
-Each serves a sparse raw file, and a second one read-only, over unix sockets below a folder of its own.  A server that a
-case has killed is started again, so that the next case has one.
+Each serves a sparse raw file, and a second one read-only, below a folder of its own.  After a failure it is started
+again: the case may have killed it, or it may still be busy with what it was asked.
 """
 
 from __future__ import annotations
@@ -180,10 +180,10 @@ def _run(peer: Peer, cases: Sequence[Case], timeout_s: float) -> Column:
         wait_until(lambda: reachable(target), f"{peer.name} to greet")
 
         def revive() -> None:
-            if not reachable(target):
-                peer.stop()
-                peer.start()
-                wait_until(lambda: reachable(target), f"{peer.name} to greet again")
+            peer.stop()
+            peer.start()
+            target.uri, target.read_only = peer.target()
+            wait_until(lambda: reachable(target), f"{peer.name} to greet again")
 
         return run_all(peer.name, target, cases, revive)
     finally:

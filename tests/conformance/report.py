@@ -23,7 +23,7 @@ class Column:
 
 
 def run_all(name: str, target: Target, cases: Sequence[Case], revive: Callable[[], None] | None = None) -> Column:
-    """``revive``: called after each failure; may start the server again where a case has killed it."""
+    """``revive``: called after each failure; may start the server again."""
     column = Column(name)
     target.probe()
     for case in cases:
