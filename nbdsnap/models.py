@@ -105,6 +105,27 @@ class PoolStatus(BaseModel):
     """Why the pool can't do its work, such as a disk that fails; None where all is well."""
 
 
+class MapRow(BaseModel):
+    """What was changed from the snapshot ``since`` to the next one, or to the live volume: bytes by cell."""
+
+    since: str
+    changed_bytes: list[int]
+
+
+class VolumeMap(BaseModel):
+    """A volume in cells of ``cell_bytes``, the last one perhaps shorter.
+
+    ``sharers``: by cell, how many snapshots share what is preserved there, on average (of a sample, where there is
+    much); 0 where nothing is.
+    """
+
+    volume: str
+    size: int
+    cell_bytes: int
+    rows: list[MapRow]
+    sharers: list[float]
+
+
 class Problem(BaseModel):
     """One violated invariant, as ``check`` reports it; ``kind`` is a stable word, ``detail`` is for a person.
 

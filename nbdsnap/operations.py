@@ -37,6 +37,7 @@ from nbdsnap.models import (
     SnapshotDeletion,
     SnapshotInfo,
     VolumeInfo,
+    VolumeMap,
     VolumeStatus,
 )
 
@@ -104,6 +105,12 @@ class VolumeFlatten(Request):
 
 class VolumeShow(Request):
     name: str
+
+
+class MapScope(Request):
+    name: str
+    cells: int = 64
+    rows: int = 20
 
 
 class VolumeAccept(Request):
@@ -461,6 +468,13 @@ VOLUME_SHOW: Operation[VolumeShow, VolumeStatus] = Operation(
     VolumeStatus,
     lambda pool, request, _: pool.volume_show(request.name),
 )
+VOLUME_MAP: Operation[MapScope, VolumeMap] = Operation(
+    "volume.map",
+    "Where on a volume its changes lie, between its newest snapshots, and how much is shared there.",
+    MapScope,
+    VolumeMap,
+    lambda pool, request, _: pool.volume_map(request.name, request.cells, request.rows),
+)
 VOLUME_ACCEPT: Operation[VolumeAccept, VolumeStatus] = Operation(
     "volume.accept",
     "Serve a volume although its origin was changed while no server ran; its snapshots are marked.",
@@ -636,6 +650,7 @@ OPERATIONS: dict[str, Operation[Any, Any]] = {
         VOLUME_CREATE,
         VOLUME_LIST,
         VOLUME_SHOW,
+        VOLUME_MAP,
         VOLUME_ACCEPT,
         VOLUME_RESIZE,
         VOLUME_DELETE,

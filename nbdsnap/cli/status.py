@@ -7,24 +7,32 @@ import click
 from nbdsnap.cli.context import Context, pass_context
 from nbdsnap.cli.options import json_option
 from nbdsnap.cli.output import Column, print_fields, print_json, print_table
-from nbdsnap.models import PoolStatus, Sharing, VolumeInfo, VolumeStatus
-from nbdsnap.operations import STATUS, Nothing
+from nbdsnap.models import PoolStatus, Sharing, VolumeInfo, VolumeMap, VolumeStatus
+from nbdsnap.operations import STATUS, VOLUME_MAP, MapScope, Nothing
 from nbdsnap.sizes import format_size
 
 BAR_WIDTH = 32
 
 
 @click.command(short_help="Show volumes, space and sharing.")
+@click.option("--map", "as_map", is_flag=True, help="Draw where on each volume changes and sharing lie.")
 @json_option
 @pass_context
-def status(context: Context, as_json: bool) -> None:
+def status(context: Context, as_map: bool, as_json: bool) -> None:
     """Show volumes, the space that snapshots take, and how much of it they share.
+
+    With --map, a line for each of the newest snapshots says where the volume was changed after it: the fuller a
+    character, the more of that part. The line below says how many snapshots share what is preserved there.
 
     \b
     Example:
       nbdsnap status
+      nbdsnap status --map
     """
     shown = context.call(STATUS, Nothing())
+    if as_map:
+        _show_maps(context, [one for one in shown.volumes if one.snapshots], as_json)
+        return
     if as_json:
         print_json(shown)
         return
@@ -37,6 +45,21 @@ def status(context: Context, as_json: bool) -> None:
     if shown.sharing:
         click.echo()
         _print_sharing(shown.sharing)
+
+
+def _show_maps(context: Context, volumes: list[VolumeStatus], as_json: bool) -> None:
+    from nbdsnap.cli.map import ROWS, cells_of, print_map
+
+    maps = [
+        context.call(VOLUME_MAP, MapScope(name=one.name, cells=cells_of(one, as_json), rows=ROWS)) for one in volumes
+    ]
+    if as_json:
+        print_json(maps, list[VolumeMap])
+        return
+    for position, one in enumerate(maps):
+        if position:
+            click.echo()
+        print_map(one)
 
 
 def _fields(shown: PoolStatus) -> list[tuple[str, str]]:

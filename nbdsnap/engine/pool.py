@@ -31,6 +31,7 @@ from nbdsnap.engine.diff import ChangeMap, changed_blocks, extents
 from nbdsnap.engine.hooks import Hooks, at_rest
 from nbdsnap.engine.live import LiveDevice
 from nbdsnap.engine.lock import PoolLock
+from nbdsnap.engine.map import MAX_CELLS, MAX_ROWS, volume_map
 from nbdsnap.engine.names import check_name, parse_snapshot_name
 from nbdsnap.engine.preserver import Preserver
 from nbdsnap.engine.receiving import Arrival, Receive, Receives
@@ -64,6 +65,7 @@ from nbdsnap.models import (
     SnapshotInfo,
     StoreStatus,
     VolumeInfo,
+    VolumeMap,
     VolumeStatus,
 )
 from nbdsnap.sizes import format_size
@@ -914,6 +916,17 @@ class Pool:
         return PoolStatus(
             path=str(self.path), volumes=volumes, store=store, sharing=shared, problem=self._preserver.obstacle
         )
+
+    def volume_map(self, name: str, cells: int, rows: int) -> VolumeMap:
+        """Where on the volume its changes lie, and how much is shared there: :mod:`nbdsnap.engine.map`."""
+        if not (1 <= cells <= MAX_CELLS and 1 <= rows <= MAX_ROWS):
+            raise UsageError(f"a map has 1 to {MAX_CELLS} cells and 1 to {MAX_ROWS} rows")
+        self._catch_up()
+        with self._lock:
+            state = self._state(name)
+            epochs = [(snapshot.epoch, snapshot.name) for snapshot in state.visible]
+        with self._index.read() as reader:
+            return volume_map(reader, state.record.number, name, state.size, epochs, cells, rows)
 
     def _status_of(self, state: VolumeState) -> tuple[VolumeStatus, accounting.Shares]:
         """A volume with its snapshots, and who shares how much of what."""
