@@ -6,7 +6,8 @@ exactly while no process of ours has the file open: it is written at the clean e
 the file may be written again.  After a crash there is none, and nothing can be said.
 
 Inode, size and modification time are compared; of a block device the size alone, since it has nothing else that
-tells.  Device numbers are not: another order of the disks at boot changes them.
+tells, and only whether it is smaller: one may be enlarged to grow its volume.  Device numbers are not: another order of
+the disks at boot changes them.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ SUSPECT = "the origin was changed by another program"
 
 def stamp_of(origin: Origin) -> JsonObject:
     if origin.is_block_device:
-        return {"size": origin.size}
+        return {"size": origin.real_size()}
     status = os.fstat(origin.fd)
     return {"inode": status.st_ino, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
 
@@ -42,6 +43,8 @@ def check_stamp(record: VolumeRecord, snapshots: Iterable[SnapshotRecord], origi
     found = stamp_of(origin)
     if record.stamp is None or not live or record.stamp == found:
         return
+    if origin.is_block_device and record.stamp["size"] < found["size"]:
+        return  # it was enlarged, to be grown into
     raise OriginChangedError(
         f"the origin {origin.path} of volume {record.name} was changed while nbdsnap did not run "
         f"({_differences(record.stamp, found)}), and so, perhaps, were its {len(live)} snapshots",
