@@ -301,3 +301,84 @@ def test_replication(tmp_path: Path) -> None:
 def test_mistakes_of_replication(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         load(tmp_path, text)
+
+
+# TLS, rules and limits
+
+CERTIFICATE = '[tls]\ncertificate = "c.pem"\nkey = "k.pem"\n'
+
+SECURITY_MISTAKES = {
+    "TLS without a certificate": ("[tls]\n", "[tls] certificate: missing; TLS needs it"),
+    "a listener's TLS without a certificate": (
+        '[server]\nlisten = [{ address = "tcp://a", tls = "optional" }]',
+        "[tls] certificate: missing",
+    ),
+    "a certificate without its key": (
+        '[tls]\ncertificate = "c.pem"',
+        "[tls] key: a certificate and its key go together",
+    ),
+    "verification without a ca": (CERTIFICATE + 'verify = "required"', "[tls] ca: missing"),
+    "unknown mode": ('[tls]\nmode = "on"', "[tls] mode: 'on' does not fit; allowed: 'off', 'optional' or 'required'"),
+    "unknown key of TLS": (
+        '[tls]\ncert = "c.pem"',
+        "[tls] cert: unknown key; allowed here: mode, certificate, key, ca, verify, psk, minimum_version",
+    ),
+    "an old version": (CERTIFICATE + 'minimum_version = "1.1"', "[tls] minimum_version: '1.1' does not fit"),
+    "a listener's table": (
+        '[server]\nlisten = [{ address = "unix://s", mode = "9" }]',
+        "[server] listen[0]: mode = '9' is no mode such as '0660'; allowed: a list",
+    ),
+    "a rule that is a table": ("[allow]", "allow: {} does not fit; allowed: an array of tables"),
+    "unknown key of a rule": (
+        '[[allow]]\nexport = ["a"]',
+        "[[allow]] 1: export: unknown key; allowed here: exports, mode, address, uid, gid, certificate, psk",
+    ),
+    "a network with bits behind it": (
+        '[[allow]]\n[[allow]]\naddress = ["unix", "10.0.0.1/8"]',
+        "[[allow]] 2: address[1]: '10.0.0.1/8' is no network: 10.0.0.1/8 has host bits set",
+    ),
+    "a network that is none": ('[[allow]]\naddress = ["here"]', "[[allow]] 1: address[0]: 'here' is no network"),
+    "no network at all": ("[[allow]]\naddress = []", "[[allow]] 1: address: [] does not fit; allowed: a list"),
+    "a pattern that is none": ('[[allow]]\nexports = ["a@b@c"]', "[[allow]] 1: exports[0]: 'a@b@c' is no pattern"),
+    "a mode of access": ('[[allow]]\nmode = "w"', "[[allow]] 1: mode: 'w' does not fit; allowed: 'ro' or 'rw'"),
+    "a user": ("[[allow]]\nuid = [-1]", "[[allow]] 1: uid[0]: -1 is neither a name nor a number"),
+    "a handshake of no time": ("[limits]\nhandshake_s = 0", "[limits] handshake_s: 0 does not fit; allowed: a number"),
+    "a negative time": ("[limits]\nidle_s = -1", "[limits] idle_s: -1 does not fit"),
+    "endless": ("[limits]\nidle_s = inf", "[limits] idle_s: inf does not fit"),
+    "no connection": ("[limits]\nconnections = 0", "[limits] connections: 0 does not fit"),
+    "tiny options": ('[limits]\noption_bytes = "1K"', "[limits] option_bytes: 1024 does not fit; allowed: bytes"),
+    "nothing in flight": ("[limits]\nin_flight_bytes = 5", "[limits] in_flight_bytes: 5 does not fit"),
+    "insecure is a word": (
+        '[server]\ninsecure = "yes"',
+        "[server] insecure: 'yes' does not fit; allowed: true or false",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", SECURITY_MISTAKES)
+def test_security_mistake_is_named_with_its_key(tmp_path: Path, mistake: str) -> None:
+    text, complaint = SECURITY_MISTAKES[mistake]
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text)
+    assert complaint in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_tls_and_rules(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        CERTIFICATE + 'ca = "ca.pem"\n[[allow]]\naddress = ["192.0.2.1", "::1", "vsock:3"]\nuid = ["root", 5]\n'
+        '[server]\nlisten = [{ address = "unix://s", mode = "0600", tls = "off" }, "tcp://a"]\n',
+    )
+    assert (config.tls.mode, config.tls.verify_clients) == ("required", "required")
+    assert config.tls.files == tuple(tmp_path / name for name in ("c.pem", "k.pem", "ca.pem"))
+    assert config.server.listen == [UnixAddress(tmp_path / "s", "off", 0o600), TcpAddress("a", 10809)]
+    (rule,) = config.allow
+    assert rule.address == ["192.0.2.1/32", "::1/128", "vsock:3"]
+    assert (rule.mode, rule.exports, rule.uid, rule.gid) == ("ro", ["*", "*@*"], ["root", 5], None)
+
+
+def test_without_tls_it_is_off_and_with_it_required(tmp_path: Path) -> None:
+    assert load(tmp_path, "").tls.mode == "off"
+    config = load(tmp_path, CERTIFICATE)
+    assert (config.tls.mode, config.tls.verify_clients) == ("required", "off")

@@ -6,6 +6,7 @@ import errno
 import inspect
 import json
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,13 +15,16 @@ import pytest
 
 from nbdsnap import errors
 from nbdsnap.cli.main import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, cli
+from nbdsnap.config import AllowConfig, LimitsConfig
 from nbdsnap.errors import NbdsnapError
 from nbdsnap.operations import OPERATIONS
 from nbdsnap.server.control import MAX_REQUEST_BYTES, MAX_STREAMS
+from nbdsnap.sizes import parse_size
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 EXIT_CODES = (ROOT / "docs" / "exit-codes.md").read_text()
+SECURITY = (ROOT / "docs" / "security.md").read_text()
 CONTROL_API = (ROOT / "docs" / "control-api.md").read_text()
 
 
@@ -111,3 +115,17 @@ def test_links_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         if "://" not in target:
             assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
+
+
+def test_security_names_every_limit_and_its_default() -> None:
+    for name, field in LimitsConfig.model_fields.items():
+        (row,) = (row for row in rows(SECURITY) if f"`{name}`" in row[0])
+        keys = re.findall(r"`(\w+)`", row[0])
+        shown = row[1].partition(":")[0].split(", ")[keys.index(name)]
+        assert parse_size(shown) == field.default, name
+
+
+def test_rules_in_the_documentation_are_rules() -> None:
+    (block,) = re.findall(r"```toml\n(\[\[allow\]\].*?)```", SECURITY, re.DOTALL)
+    rules = [AllowConfig.model_validate(rule) for rule in tomllib.loads(block)["allow"]]
+    assert [rule.mode for rule in rules] == ["rw", "ro", "rw"]
