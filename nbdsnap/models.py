@@ -26,6 +26,8 @@ class VolumeInfo(BaseModel):
     """Why the volume can't be served (or written) now; None where all is well."""
     replica: bool = False
     """It follows another pool's volume, and takes no writes from clients."""
+    receiving: str | None = None
+    """The snapshot that it is receiving, or has begun to; None where there is none."""
 
 
 class SnapshotInfo(BaseModel):
@@ -71,6 +73,8 @@ class VolumeStatus(BaseModel):
     created: datetime
     connections: int = 0
     error: str | None = None
+    replica: bool = False
+    receiving: str | None = None
     live_bytes: int | None = None
     """What the live data of a thin volume or clone takes in the store; None for an origin."""
     snapshots: list[SnapshotInfo]

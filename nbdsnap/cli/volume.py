@@ -161,6 +161,10 @@ def _fields(shown: VolumeStatus) -> list[tuple[str, str]]:
     ]
     if shown.live_bytes is not None:
         fields.append(("space", f"{format_size(shown.live_bytes)} of live data"))
+    if shown.replica:
+        fields.append(("replica", "yes: it takes no writes from clients"))
+    if shown.receiving is not None:
+        fields.append(("receiving", shown.receiving))
     return [*fields, ("problem", shown.error)] if shown.error else fields
 
 

@@ -959,6 +959,7 @@ class Pool:
             connections=state.connections,
             error=state.error,
             replica=record.replica,
+            receiving=None if record.receiving is None else str(record.receiving["name"]),
         )
 
     def settle(self) -> None:

@@ -273,7 +273,9 @@ def test_a_storm(stack: ExitStack, tmp_path: Path, certificates: Path) -> None:
     network = Network(port)
     stack.callback(network.close)
     b = stack.enter_context(node(tmp_path / "b", section(certificates, "beta", port=port) + accept("alpha")))
-    sections = section(certificates, "alpha") + replicate(network.port, every="1s", keys="keep = 3")
+    sections = section(certificates, "alpha") + replicate(
+        network.port, every="1s", keys='keep = 3\nrate_limit = "24MiB"'
+    )
     a = stack.enter_context(node(tmp_path / "a", sections, volume=True))
     taken = 0
     end = time.monotonic() + STORM_S
