@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -149,6 +150,28 @@ def _text(text: str) -> str:
     return _bytes(text).decode()
 
 
+def _run(command: Sequence[str | Path], cwd: Path, env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """To its end; past the time limit, the tracer ends, and the traced with it."""
+    process = subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        output, errors = process.communicate(timeout=RUN_TIMEOUT_S)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+
 def record(
     command: Sequence[str | Path],
     folder: Path,
@@ -169,7 +192,7 @@ def record(
     log, marks = scratch / "trace", scratch / "marks"
     attachments = scratch / ("marks" + ATTACHMENTS_SUFFIX)
     before = contents_of(folder, mapped)
-    process = subprocess.run(
+    process = _run(
         [
             *("strace", "-f", "--seccomp-bpf", "-qq", "-y", "-xx", "-X", "raw", "-s", str(MAX_CALL_BYTES), "-o", log),
             *("-e", "signal=none", "-e", "trace=" + ",".join(_CALLS), "--", *command),
@@ -182,12 +205,6 @@ def record(
             MARKS_VARIABLE: str(marks),
             "UV_USE_IO_URING": "0",
         },
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=RUN_TIMEOUT_S,
-        check=False,
     )
     if not ended(process.returncode):
         raise RecordingError(f"{command}: exit {process.returncode}\n{process.stdout}\n{process.stderr}")

@@ -43,8 +43,12 @@ PROFILES = {
 }
 
 
+def name() -> str:
+    return os.environ.get("NBDSNAP_TEST_PROFILE", "default")
+
+
 def profile() -> settings:
-    return PROFILES[os.environ.get("NBDSNAP_TEST_PROFILE", "default")]
+    return PROFILES[name()]
 
 
 def scale() -> int:

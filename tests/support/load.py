@@ -401,6 +401,10 @@ class Load:
         for worker in self._workers:
             worker.start()
 
+    def wait_for(self, count: int) -> None:
+        """Until so many more operations are done."""
+        self._progress.wait_for_more(count)
+
     def finish(self) -> None:
         """Wait for the writers, then stop the others, and close everything.  Raises what any of them died of."""
         deadline = Deadline(TIMEOUT_S)

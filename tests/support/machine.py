@@ -13,7 +13,7 @@ import base64
 import select
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.support.clients import require_client
@@ -35,7 +35,12 @@ class MachineError(AssertionError):
 
 
 class Machine:
-    """One emulated machine: a context manager; the machine is gone, without a trace, at its end."""
+    """One emulated machine: a context manager; the machine is gone, without a trace, at its end.
+
+    ``logged_disk``: a disk, and the log of its writes (:mod:`tests.support.writelog`); ``disks`` and
+    ``read_only_disks`` follow it as /dev/vda and so on.  ``ports``: of the host's 127.0.0.1, and of the machine, where
+    connections to them go.
+    """
 
     def __init__(
         self,
@@ -46,11 +51,17 @@ class Machine:
         programs: Sequence[str] = (),
         modules: Sequence[str] = (),
         files: dict[str, Path] | None = None,
+        read_only_disks: Sequence[Path] = (),
+        logged_disk: tuple[Path, Path] | None = None,
+        ports: Mapping[int, int] | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._memory_mib = memory_mib
-        self._disks = disks
+        self._disks = [f"file={disk},format=raw,if=virtio,cache=writeback" for disk in disks]
+        self._disks += [f"file={disk},format=raw,if=virtio,readonly=on" for disk in read_only_disks]
+        self._logged_disk = logged_disk
+        self._ports = dict(ports or {})
         self._contents = (programs, modules, files)
         self._process: subprocess.Popen[bytes] | None = None
         self._agent: socket.socket | None = None
@@ -72,9 +83,17 @@ class Machine:
         command += ["-append", "console=ttyS0 quiet panic=-1 mitigations=off random.trust_cpu=on"]
         command += ["-serial", f"file:{self._folder / 'console.log'}"]
         command += ["-serial", f"unix:{agent},server=on,wait=off"]
-        command += ["-nic", "user,model=virtio-net-pci"]
+        forwards = [f",hostfwd=tcp:127.0.0.1:{here}-:{there}" for here, there in self._ports.items()]
+        command += ["-nic", "user,model=virtio-net-pci" + "".join(forwards)]
+        if self._logged_disk is not None:
+            disk_path, log_path = self._logged_disk
+            log_path.write_bytes(b"")
+            command += ["-blockdev", f"driver=file,filename={disk_path},node-name=data"]
+            command += ["-blockdev", f"driver=file,filename={log_path},node-name=log"]
+            command += ["-blockdev", "driver=blklogwrites,file=data,log=log,node-name=logged"]
+            command += ["-device", "virtio-blk-pci,drive=logged,write-cache=on"]
         for disk in self._disks:
-            command += ["-drive", f"file={disk},format=raw,if=virtio,cache=writeback"]
+            command += ["-drive", disk]
         with (self._folder / "qemu.log").open("wb") as log:
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:

@@ -1,65 +1,63 @@
-"""A unix socket in front of a server, which counts what passes."""
+"""A relay between a unix socket and a TCP port: run as a program beside the server in the emulated machine, and as
+threads here, so that the management API can be used from outside.
+
+Standard library only.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import socket
+import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
-TIMEOUT_S = 60.0
+
+def pump(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            target.sendall(data)
+    with contextlib.suppress(OSError):
+        target.shutdown(socket.SHUT_WR)
 
 
-class Relay:
-    """A context manager.  ``received``: bytes that the server has sent; ``sent``: that the client has."""
+def relay(listening: socket.socket, connect: Callable[[], socket.socket]) -> None:
+    """Until ``listening`` is closed."""
+    while True:
+        try:
+            client, _ = listening.accept()
+        except OSError:
+            return
+        try:
+            server = connect()
+        except OSError:
+            client.close()
+            continue
+        for one, other in ((client, server), (server, client)):
+            threading.Thread(target=pump, args=(one, other), daemon=True).start()
 
-    def __init__(self, address: Path | tuple[str, int], path: Path) -> None:
-        self.path = path
-        self.received = 0
-        self.sent = 0
-        self._address = address
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(path))
-        self._listener.listen()
-        self._listener.settimeout(TIMEOUT_S)
-        self._closing = False
-        self._threads: list[threading.Thread] = []
 
-    def __enter__(self) -> Relay:
-        self._spawn(self._accept)
-        return self
+def unix_connection(path: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(str(path))
+    return sock
 
-    def __exit__(self, *_: object) -> None:
-        """What has passed is counted when this returns."""
-        self._closing = True
-        with socket.socket(socket.AF_UNIX) as last:  # so that accept returns
-            last.connect(str(self.path))
-        for thread in self._threads:
-            thread.join(TIMEOUT_S)
-        self._listener.close()
 
-    def _spawn(self, target: object, *arguments: object) -> None:
-        thread = threading.Thread(target=target, args=arguments, daemon=True)  # type: ignore[arg-type]
-        self._threads.append(thread)
-        thread.start()
+class UnixRelay:
+    """A unix socket at ``path`` that leads to 127.0.0.1:``port``."""
 
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                if self._closing:
-                    return
-                if isinstance(self._address, tuple):
-                    server = socket.create_connection(self._address)
-                else:
-                    server = socket.socket(socket.AF_UNIX)
-                    server.connect(str(self._address))
-                self._spawn(self._pass, client, server, "sent")
-                self._spawn(self._pass, server, client, "received")
+    def __init__(self, path: Path, port: int) -> None:
+        self._listening = socket.socket(socket.AF_UNIX)
+        self._listening.bind(str(path))
+        self._listening.listen(16)
+        connect = lambda: socket.create_connection(("127.0.0.1", port), timeout=60.0)  # noqa: E731
+        threading.Thread(target=relay, args=(self._listening, connect), daemon=True).start()
 
-    def _pass(self, source: socket.socket, target: socket.socket, counter: str) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(1 << 16):
-                setattr(self, counter, getattr(self, counter) + len(data))
-                target.sendall(data)
-            target.shutdown(socket.SHUT_WR)
+    def close(self) -> None:
+        self._listening.close()
+
+
+if __name__ == "__main__":
+    tcp = socket.create_server(("0.0.0.0", int(sys.argv[1])))
+    relay(tcp, lambda: unix_connection(Path(sys.argv[2])))
