@@ -65,9 +65,11 @@ def _show_maps(context: Context, volumes: list[VolumeStatus], as_json: bool) -> 
 def _fields(shown: PoolStatus) -> list[tuple[str, str]]:
     store = shown.store
     limit = "none" if store.limit_bytes is None else format_size(store.limit_bytes)
+    live = sum(one.live_bytes or 0 for one in shown.volumes)
+    used = f"{format_size(store.used_bytes - live)} (limit: {limit})"
     fields = [
         ("pool", shown.path),
-        ("preserved", f"{format_size(store.used_bytes)} (limit: {limit})"),
+        ("preserved", used if not live else f"{used}, beside {format_size(live)} of live data"),
         ("on disk", f"{format_size(store.allocated_bytes)}, and {format_size(store.index_bytes)} of index"),
     ]
     notes = (("warning", store.warning), ("problem", shown.problem))

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from nbdsnap.errors import CorruptionError
-from nbdsnap.store.layout import MAX_SLOTS
+from nbdsnap.store.layout import MAX_CHUNKS, MAX_SLOTS
 
 if TYPE_CHECKING:
     import lmdb
@@ -74,17 +74,20 @@ def _open(key: bytes, stored: bytes) -> tuple[int, bytes]:
     return members, slots
 
 
-def decode_group(key: bytes, stored: bytes) -> list[tuple[int, int]]:
-    """``(chunk, slot)`` of an entry, ascending; ValueError where it is damaged."""
+def decode_group(key: bytes, stored: bytes, first: int = 0, end: int = MAX_CHUNKS) -> list[tuple[int, int]]:
+    """``(chunk, slot)`` of an entry's chunks in [first, end), ascending; ValueError where the entry is damaged."""
     members, slots = _open(key, stored)
     base = unpack_key(key)[1] << GROUP_SHIFT
+    low, high = max(first - base, 0), min(end - base, GROUP)
+    position = (members & ((1 << low) - 1)).bit_count() * _SLOT_BYTES
+    wanted = members & ((1 << high) - (1 << low))
     found: list[tuple[int, int]] = []
-    position = 0
-    while members:
-        low = members & -members
-        found.append((base + low.bit_length() - 1, int.from_bytes(slots[position : position + _SLOT_BYTES], "big")))
+    decode = int.from_bytes
+    while wanted:
+        lowest = wanted & -wanted
+        found.append((base + lowest.bit_length() - 1, decode(slots[position : position + _SLOT_BYTES], "big")))
         position += _SLOT_BYTES
-        members ^= low
+        wanted ^= lowest
     return found
 
 
@@ -102,10 +105,10 @@ class CurrentTable:
     def items(self, first: int, end: int) -> Iterator[tuple[int, int]]:
         """``(chunk, slot)`` of the chunks [first, end) that have an entry, ascending."""
         for group, stored in self._groups(first >> GROUP_SHIFT, (end + GROUP - 1) >> GROUP_SHIFT):
-            found = self._decode(group, stored)
-            if (group << GROUP_SHIFT) < first or ((group + 1) << GROUP_SHIFT) > end:
-                found = [item for item in found if first <= item[0] < end]
-            yield from found
+            try:
+                yield from decode_group(current_key(self._volume, group), stored, first, end)
+            except ValueError as error:
+                raise _damaged(error) from None
 
     def members(self, first_group: int, end_group: int) -> Iterator[tuple[int, int]]:
         """``(group, members)`` of the groups that have an entry, ascending."""
@@ -126,12 +129,6 @@ class CurrentTable:
                 return
             yield group, bytes(cursor.value())
             found = cursor.next()
-
-    def _decode(self, group: int, stored: bytes) -> list[tuple[int, int]]:
-        try:
-            return decode_group(current_key(self._volume, group), stored)
-        except ValueError as error:
-            raise _damaged(error) from None
 
     def live_slots(self) -> int:
         """How many slots of the store the volume's live data takes."""

@@ -6,7 +6,7 @@ A pool is a directory of these files:
 ``index.mdb``      LMDB: the tables of :mod:`nbdsnap.store.index`
 ``index.sums``     checksums of the index's pages, while no process has the pool open: :mod:`nbdsnap.store.pagesums`
 ``index.mdb-lock`` LMDB's reader table; holds nothing that outlives a process
-``store.data``     preserved chunks, in slots of CHUNK bytes
+``store.data``     preserved chunks, and the live ones of thin volumes and clones, in slots of CHUNK bytes
 ``intent.log``     acknowledged writes on their way: :mod:`nbdsnap.store.intentlog`
 ``intents-N.log``  intents of volume number N that could not be applied yet: likewise
 ``lock``           flock(2)ed by the process that owns the pool; its pid, as text

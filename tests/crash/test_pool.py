@@ -34,7 +34,6 @@ NEEDED = {
     "engine.files.make_entries_durable: directory",
     "engine.pool._take",
     "engine.pool.close",
-    "engine.livechunks.sync",
     "engine.preservation._preserve",
     "engine.redirect._redirect",
     "engine.preserver._settle",
@@ -55,7 +54,7 @@ NEEDED = {
     "sync pool/index.mdb.new",
 }
 
-MAX_STAGES = 24
+MAX_STAGES = 32
 """Runs in which to look for a moment where a missing sync shows: some need a coincidence."""
 
 SEARCH_ROUNDS = (60, 240)

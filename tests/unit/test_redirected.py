@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from nbdsnap.engine import flatten
 from nbdsnap.engine.device import STATE_HOLE, STATE_ZERO, OpKind
 from nbdsnap.engine.pool import Pool
 from nbdsnap.errors import AlreadyExistsError, InUseError, NotFoundError, UsageError
+from nbdsnap.store.index import Index
 from tests.support.device import flush, read, submit, write
 from tests.support.enginepool import make_pool
 
@@ -315,3 +317,32 @@ def test_a_clone_that_was_made_smaller_does_not_see_its_base_again(pool: Pool) -
     pool.volume_flatten("trial")
     assert content(pool, "trial", MIB // 2, MIB) == b"a" * 100 + bytes(MIB - 100)
     assert pool.check(data=True).ok
+
+
+def test_a_read_asks_the_index_as_often_at_any_depth(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each clone has some chunks of its own; who has which is found out once."""
+    pool.volume_create("c0", size=MIB, thin=True)
+    put(pool, "c0", 0, b"a" * MIB)
+    for depth in range(1, 41):
+        pool.snapshot_create([f"c{depth - 1}@s"])
+        pool.clone(f"c{depth - 1}@s", f"c{depth}")
+        put(pool, f"c{depth}", depth * 3 * CHUNK, b"b" * CHUNK)
+    asked: dict[str, int] = {}
+    for name in ("c2", "c40"):
+        device = pool.open_device(name)
+        read(device, 0, MIB)
+        count = 0
+        original = Index.read
+
+        def counted(index: Index, original: Callable[[Index], Any] = original) -> Any:
+            nonlocal count
+            count += 1
+            return original(index)
+
+        with monkeypatch.context() as patches:
+            patches.setattr(Index, "read", counted)
+            for chunk in range(200, 250):  # of the thin volume, at the other end of the chain
+                assert read(device, chunk * CHUNK, CHUNK) == b"a" * CHUNK
+        asked[name] = count
+        device.close()
+    assert asked["c40"] == asked["c2"] == 50
