@@ -140,7 +140,8 @@ class FileIO:
         return os.lseek(fd, 0, os.SEEK_END)
 
     def data_extents(self, fd: int, offset: int, length: int) -> Iterator[tuple[int, int]]:
-        """Ascending half-open ranges ``(start, end)`` inside the given one that are allocated; the rest are holes.
+        """Ascending half-open ranges ``(start, end)`` that begin in the given one and are allocated; the rest of it is
+        holes.  The last may pass the end of the given one.
 
         A block device, or a file system without SEEK_DATA, is one allocated range.
         """
@@ -157,7 +158,7 @@ class FileIO:
                 raise
             if start >= end:
                 return
-            stop = min(os.lseek(fd, start, os.SEEK_HOLE), end)
+            stop = os.lseek(fd, start, os.SEEK_HOLE)
             yield start, stop
             offset = stop
 

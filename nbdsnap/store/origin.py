@@ -24,6 +24,10 @@ class Origin:
     def __init__(self, io: FileIO, path: Path) -> None:
         self._io = io
         self.path = path
+        self._holes = 0
+        """How often something was punched."""
+        self._data = 0, 0, 0
+        """A range that is data, (start, end), and what ``_holes`` was when that was found out."""
         _check_kind(path)
         try:
             self.fd = io.open(path, os.O_RDWR)
@@ -57,13 +61,34 @@ class Origin:
         self._io.fsync(self.fd)
 
     def punch_hole(self, offset: int, length: int, *, fast: bool = False) -> None:
-        self._io.punch_hole(self.fd, offset, length, fast=fast)
+        try:
+            self._io.punch_hole(self.fd, offset, length, fast=fast)
+        finally:
+            self._holes += 1
 
     def zero_range(self, offset: int, length: int) -> None:
-        self._io.zero_range(self.fd, offset, length)
+        try:
+            self._io.zero_range(self.fd, offset, length)
+        finally:
+            self._holes += 1  # in the eyes of SEEK_DATA
 
     def data_extents(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
-        return self._io.data_extents(self.fd, offset, length)
+        """Ascending half-open ranges ``(start, end)`` inside the given one that are allocated; the rest are holes.
+
+        A file system may look at every fragment up to the next hole to find that.  So the last range that was found is
+        remembered, until something is punched: to take a hole for data would do no harm.
+        """
+        end = offset + length
+        holes, start, stop = self._data
+        if holes == self._holes and start <= offset < stop:
+            yield offset, min(stop, end)
+            offset = stop
+        if offset >= end:
+            return
+        holes = self._holes
+        for start, stop in self._io.data_extents(self.fd, offset, end - offset):
+            self._data = holes, start, stop
+            yield start, min(stop, end)
 
     def drop_cached(self, offset: int, length: int) -> None:
         self._io.drop_cached(self.fd, offset, length)
@@ -79,6 +104,7 @@ class Origin:
     def truncate(self, size: int) -> None:
         """Cut the file, or lengthen it by a hole; durably."""
         self._io.truncate(self.fd, size)
+        self._holes += 1
         self._io.fsync(self.fd)
         self.size = size
 
