@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -134,6 +135,34 @@ def writers(server: Server, transport: str) -> Iterator[list[Writer]]:
     server.kill()
     for writer in writers:
         writer.join()
+
+
+def is_log_clean(server: Server) -> bool:
+    """Whether the intent log's header says that there is nothing in it (nbdsnap/store/intentlog.py)."""
+    magic, _, clean = struct.unpack_from(">8sII", (server.pool / "intent.log").read_bytes()[:16])
+    assert magic == b"NBDSNLOG"
+    return bool(clean)
+
+
+def test_a_stop_under_load_is_bounded_and_leaves_nothing_to_replay(
+    server: Server, transport: str, writers: list[Writer]
+) -> None:
+    """First overwrites from four connections, all on their way through the log when it is asked to stop."""
+    for number in range(2):
+        server.snapshot(f"vol@s{number}")
+        for writer in writers:
+            writer.wait_for_progress()
+    assert not is_log_clean(server)
+    deadline = Deadline(STOP_BOUND_S)
+    server.stop()
+    assert not deadline.expired()
+    for writer in writers:
+        writer.join()
+    assert is_log_clean(server)
+    assert (server.pool / "index.sums").exists()
+    assert not list(server.pool.glob("intents-*"))
+    server.start()
+    assert is_log_clean(server), "a replay would have begun it anew"
 
 
 @pytest.mark.parametrize("end", [Server.stop, Server.kill], ids=["SIGTERM", "SIGKILL"])

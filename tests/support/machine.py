@@ -80,7 +80,7 @@ class Machine:
         command: list[str | Path] = ["qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2"]
         command += ["-m", str(self._memory_mib), "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
         command += ["-kernel", kernel.image, "-initrd", initramfs]
-        command += ["-append", "console=ttyS0 quiet panic=-1 mitigations=off random.trust_cpu=on"]
+        command += ["-append", "console=ttyS0 quiet panic=-1 mitigations=off random.trust_cpu=on no_timer_check"]
         command += ["-serial", f"file:{self._folder / 'console.log'}"]
         command += ["-serial", f"unix:{agent},server=on,wait=off"]
         forwards = [f",hostfwd=tcp:127.0.0.1:{here}-:{there}" for here, there in self._ports.items()]
