@@ -16,6 +16,19 @@ Usage = Iterable[tuple[int, int, int]]
 """``(previous, epoch, slots)``."""
 
 
+class _Ranks(dict[int, int]):
+    """Epoch -> how many of ``epochs`` (ascending) are not after it.  There may be a million intervals, of far fewer
+    different epochs."""
+
+    def __init__(self, epochs: list[int]) -> None:
+        super().__init__()
+        self._epochs = epochs
+
+    def __missing__(self, epoch: int) -> int:
+        rank = self[epoch] = bisect_right(self._epochs, epoch)
+        return rank
+
+
 @dataclass
 class Shares:
     """Bytes by snapshot, in the order of the epochs asked about, and by how many snapshots share them.
@@ -34,8 +47,9 @@ def shares(usage: Usage, epochs: list[int]) -> Shares:
     exclusive = [0] * len(epochs)
     steps = [0] * (len(epochs) + 1)
     histogram: dict[int, int] = {}
+    ranks = _Ranks(epochs)
     for previous, epoch, slots in usage:
-        low, high = bisect_right(epochs, previous), bisect_right(epochs, epoch)
+        low, high = ranks[previous], ranks[epoch]
         sharers, size = high - low, slots * CHUNK
         histogram[sharers] = histogram.get(sharers, 0) + size
         if sharers == 1:
@@ -55,10 +69,9 @@ def shares(usage: Usage, epochs: list[int]) -> Shares:
 def freed_by_deleting(usage: Usage, epochs: list[int], doomed: set[int]) -> int:
     """Bytes that only the snapshots ``doomed`` need, of the live ones ``epochs`` (ascending)."""
     survivors = [epoch for epoch in epochs if epoch not in doomed]
+    ranks, kept = _Ranks(epochs), _Ranks(survivors)
     freed = 0
     for previous, epoch, slots in usage:
-        served = bisect_right(epochs, epoch) - bisect_right(epochs, previous)
-        kept = bisect_right(survivors, epoch) - bisect_right(survivors, previous)
-        if served and not kept:
-            freed += slots * CHUNK
-    return freed
+        if kept[previous] == kept[epoch] and ranks[previous] != ranks[epoch]:
+            freed += slots
+    return freed * CHUNK

@@ -156,6 +156,8 @@ class Rollbacks:
             newer = dict(changed_blocks(reader, number, volume.newest_epoch, END_OF_EPOCHS))
             blocks = changed_blocks(reader, number, snapshot.epoch, END_OF_EPOCHS)
         total = sum(length for _, length in extents(blocks, volume.size, snapshot.size))
+        if volume.record.origin is None:  # what is put in place may need a slot of its own in any case
+            newer = {}
         kept = sum((members & ~newer.get(block, 0)).bit_count() for block, members in blocks)
         name = f"{volume.name}@{snapshot.name}"
         return RollbackReport(snapshot=name, bytes=total, preserved_bytes=kept * CHUNK, done=False)

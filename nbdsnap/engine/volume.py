@@ -321,11 +321,11 @@ class Volume(VolumeState):
     def is_sparse(self) -> bool:
         return self.origin.is_sparse()
 
-    def pending_chunks(self, first: int, end: int) -> list[int]:
+    def pending_chunks(self, first: int, end: int) -> Sequence[int]:
         """Those of the chunks [first, end) with acknowledged writes that are not in place yet, nor, perhaps, in the
-        index."""
+        index.  While a rollback is under way that may be any."""
         with self.lock:
-            return list(self.intents.pending_chunks(first, end))
+            return range(first, end) if self.is_rolling_back else list(self.intents.pending_chunks(first, end))
 
     def cache(self, offset: int, length: int) -> None:
         view = self.view

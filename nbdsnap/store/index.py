@@ -52,7 +52,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import lmdb
 import xxhash
@@ -86,6 +86,9 @@ ITEM = struct.Struct(">BIIBIQ")
 _PREFIX = struct.Struct(">BII")
 CHANGED_KEY = struct.Struct(">III")
 USAGE_KEY = struct.Struct(">III")
+_USAGE = struct.Struct(">IIIQ")
+"""Key and value."""
+
 _U32 = struct.Struct(">I")
 _U64 = struct.Struct(">Q")
 SNAPSHOT_KEY = struct.Struct(">II")
@@ -252,13 +255,14 @@ class IndexReader:
     def usage(self, volume: int) -> Iterator[tuple[int, int, int]]:
         """``(previous, epoch, slots)`` for every interval of the volume that has records with slots."""
         cursor = self._txn.cursor(self._db["usage"])
-        found = cursor.set_range(USAGE_KEY.pack(volume, 0, 0))
-        while found:
-            key_volume, previous, epoch = USAGE_KEY.unpack(cursor.key())
+        if not cursor.set_range(USAGE_KEY.pack(volume, 0, 0)):
+            return
+        unpack = _USAGE.unpack
+        for key, value in cast("Iterator[tuple[bytes, bytes]]", cursor.iternext()):
+            key_volume, previous, epoch, slots = unpack(key + value)
             if key_volume != volume:
                 return
-            yield previous, epoch, _U64.unpack(cursor.value())[0]
-            found = cursor.next()
+            yield previous, epoch, slots
 
 
 class PreservedCursor:

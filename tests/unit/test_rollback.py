@@ -205,13 +205,16 @@ class Meanwhile:
 
 def test_meanwhile(rolled: Rolled) -> None:
     """Reads see the snapshot, writes wait, and the pool is at everyone else's service."""
-    device = rolled.pool.open_device("a")
+    rolled.pool.snapshot_create(["a@last"])
+    rolled.content["last"] = blocks("x")
+    device = rolled.pool.open_device("a", ["last"])
     waiting: list[Completion] = []
 
     def act() -> None:
         for now in (True, False):
             assert read(device, 0, SIZE, now=now) == rolled.content["mid"]
         assert device.extents(0, SIZE) == [(48 * CHUNK, 0), (16 * CHUNK, STATE_HOLE | STATE_ZERO)]
+        assert list(device.changes("last", 0, SIZE)) == [(SIZE, 1)], "what is not in place yet counts as changed"
         device.cache(0, SIZE)
         assert not device.write_now(0, memoryview(b"later"))
         waiting.append(submit(device, OpKind.WRITE, 7, data=b"later"))
