@@ -435,6 +435,11 @@ class _Run:
         if self.sent.error:
             self.do_read(offset, length, byte)
 
+    def do_read_if_ok(self, offset: str, length: str, byte: str) -> None:
+        """Where the last request succeeded, this is its result."""
+        if not self.sent.error:
+            self.do_read(offset, length, byte)
+
     def do_read_any(self, offset: str, length: str) -> None:
         self.do_request("READ", offset, length)
         self.do_ok()

@@ -69,7 +69,7 @@ def handshake_seeds() -> Iterable[bytes]:
     options += [wire.contexts(name, queries, number) for name in EXPORTS[:2] for number in (9, 10)]
     options += [wire.option(1, name.encode()) for name in EXPORTS]
     options += [wire.option(99, bytes(50)), wire.option(3, bytes(3000)), wire.option(wire.GO, b"\xff" * 9)]
-    streams = [wire.client_flags() + option for option in options]
+    streams = [wire.client_flags() + option + end for option in options for end in (b"", wire.go("vol"))]
     streams.append(wire.client_flags() + options[8] + options[3] + wire.contexts("vol", queries) + wire.go("vol", [3]))
     streams.append(wire.client_flags() + options[11] + wire.contexts("vol", queries) + wire.go("vol") + bytes(40))
     streams.append(wire.client_flags() + wire.option(99) * 41)
