@@ -121,6 +121,7 @@ class VolumeResize(Request):
     name: str
     size: int = Field(gt=0)
     shrink: bool = False
+    dry_run: bool = False
 
 
 class VolumeDelete(Request):
@@ -484,10 +485,13 @@ VOLUME_ACCEPT: Operation[VolumeAccept, VolumeStatus] = Operation(
 )
 VOLUME_RESIZE: Operation[VolumeResize, VolumeInfo] = Operation(
     "volume.resize",
-    "Give a volume another size while it is in use; its snapshots keep theirs. A smaller one only with `shrink`.",
+    "Give a volume another size while it is in use; its snapshots keep theirs. A smaller one only with `shrink`. "
+    "With `dry_run`, only say whether that is possible.",
     VolumeResize,
     VolumeInfo,
-    lambda pool, request, _: pool.volume_resize(request.name, request.size, shrink=request.shrink),
+    lambda pool, request, _: pool.volume_resize(
+        request.name, request.size, shrink=request.shrink, dry_run=request.dry_run
+    ),
 )
 VOLUME_DELETE: Operation[VolumeDelete, VolumeStatus] = Operation(
     "volume.delete",

@@ -216,9 +216,10 @@ def flatten(context: Context, name: str, as_json: bool) -> None:
 @click.argument("name", shell_complete=complete_volumes)
 @click.argument("size", callback=parse_size_option)
 @click.option("--shrink", is_flag=True, help="Allow a smaller size: what lies behind it is cut off the live volume.")
+@dry_run_option
 @json_option
 @pass_context
-def resize(context: Context, name: str, size: int, shrink: bool, as_json: bool) -> None:
+def resize(context: Context, name: str, size: int, shrink: bool, dry_run: bool, as_json: bool) -> None:
     """Give the volume NAME another SIZE, while it is in use. Its snapshots keep theirs.
 
     A raw file gets the new length; a block device has to be large enough already. New connections see the new size.
@@ -227,12 +228,12 @@ def resize(context: Context, name: str, size: int, shrink: bool, as_json: bool) 
     Example:
       nbdsnap volume resize vol 20GiB
     """
-    resized = context.call(VOLUME_RESIZE, VolumeResize(name=name, size=size, shrink=shrink))
+    resized = context.call(VOLUME_RESIZE, VolumeResize(name=name, size=size, shrink=shrink, dry_run=dry_run))
     if as_json:
         print_json(resized)
         return
-    click.echo(f"{name}: {format_size(resized.size)}")
-    if resized.connections:
+    click.echo(f"{name} would have {format_size(size)}" if dry_run else f"{name}: {format_size(resized.size)}")
+    if resized.connections and not dry_run:
         click.echo(f"{plural(resized.connections, 'client')} opened it with the old size: reconnect to see the new one")
 
 

@@ -545,10 +545,13 @@ class Pool:
         for clone in self._clones.dependents(volume):
             self._reopen(clone)
 
-    def volume_resize(self, name: str, size: int, *, shrink: bool = False) -> VolumeInfo:
+    def volume_resize(self, name: str, size: int, *, shrink: bool = False, dry_run: bool = False) -> VolumeInfo:
         """Give a volume another size while it is in use; its snapshots keep theirs.  A smaller one only with
         ``shrink``."""
         volume = self._volume(name)
+        if dry_run:
+            self._resizes.check(volume, size, shrink=shrink)
+            return self._volume_info(volume).model_copy(update={"size": size})
         self._resizes.resize(volume, size, shrink=shrink)
         return self._volume_info(volume)
 

@@ -61,16 +61,24 @@ class Resizes:
         self._turn = threading.Lock()
         """One at a time."""
 
+    def check(self, volume: Volume, size: int, *, shrink: bool) -> None:
+        """Raise what :meth:`resize` would raise before it changes anything, as far as that is known."""
+        check_size(size)
+        volume.check_not_rolling_back()
+        if size < volume.size and not shrink:
+            kept = format_size(size)
+            raise UsageError(
+                f"volume {volume.name} has {format_size(volume.size)}: what is behind {kept} would be lost",
+                hint="say --shrink if that is meant; snapshots keep it",
+            )
+        origin = volume.origin
+        if isinstance(origin, Origin) and origin.is_block_device:
+            _check_device(origin, size)
+
     def resize(self, volume: Volume, size: int, *, shrink: bool) -> None:
         """Nothing happens where it has that size; UsageError where it would lose data without ``shrink``."""
-        check_size(size)
         with self._turn:
-            if size < volume.size and not shrink:
-                raise UsageError(
-                    f"volume {volume.name} has {format_size(volume.size)}: what is behind {format_size(size)} would be "
-                    f"lost",
-                    hint="say --shrink if that is meant; snapshots keep it",
-                )
+            self.check(volume, size, shrink=shrink)
             if size < volume.size:
                 while not self._shrink(volume, size):
                     pass
@@ -103,7 +111,6 @@ class Resizes:
 
     def _lengthen(self, volume: Volume, origin: Origin, size: int) -> None:
         if origin.is_block_device:
-            _check_device(origin, size)
             return
         if not volume.record.resizing and origin.real_size() > volume.size:
             _check_lengthened(volume, origin, size)

@@ -287,6 +287,9 @@ def test_volume_resize(cli: Cli, tmp_path: Path) -> None:
     assert cli("volume", "resize", "vol", "2GiB").out == "vol: 2GiB\n"
     assert cli("volume", "list", "--json").json[0]["size"] == 2 << 30 == (tmp_path / "vol.img").stat().st_size
     assert "--shrink" in cli("volume", "resize", "vol", "1MiB", code=2).err
+    assert "--shrink" in cli("volume", "resize", "vol", "1MiB", "--dry-run", code=2).err
+    assert cli("volume", "resize", "vol", "1MiB", "--shrink", "--dry-run").out == "vol would have 1MiB\n"
+    assert cli("volume", "list", "--json").json[0]["size"] == 2 << 30
     assert cli("volume", "resize", "vol", "1MiB", "--shrink", "--json").json["size"] == 1 << 20
     assert cli("snapshot", "list", "vol", "--json").json[0]["size"] == 1 << 30
     cli("volume", "resize", "nothing", "1MiB", code=4)
