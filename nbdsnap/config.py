@@ -137,6 +137,11 @@ def _target(value: object) -> str:
     return text
 
 
+def _times(value: object) -> Schedule | None:
+    """Due times, of a schedule without a name."""
+    return None if value is None else parse_schedules({"at": {"at": _text(value), "keep": 1}})[0]
+
+
 def _duration(value: object) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool):
         seconds = float(value)
@@ -173,6 +178,7 @@ OptionBytes = Annotated[int, Field(ge=4 << 10, le=64 << 20), BeforeValidator(_si
 FlightBytes = Annotated[int, Field(ge=1 << 20, le=1 << 40), BeforeValidator(_size)]
 
 Target = Annotated[str, PlainValidator(_target)]
+Times = Annotated[Schedule | None, PlainValidator(_times)]
 Duration = Annotated[float, PlainValidator(_duration)]
 DURATION_ALLOWED = "a number of seconds, or a string such as '30s', '15min', '1h' or '1d'"
 
@@ -304,6 +310,7 @@ class ReplicateConfig(_Section):
     volume: Name = Field(description="the name of a volume")
     target: Target = Field(description="https://HOST:PORT or https://HOST:PORT/VOLUME")
     every: Duration = Field(default=900.0, description=DURATION_ALLOWED)
+    at: Times = Field(default=None, description="times as cron writes them, in UTC, such as '30 3 * * *'")
     rate_limit: Size = Field(default=None, description=f"{SIZE_ALLOWED}, per second")
     compress: Literal["none", "auto", "best"] = Field(default="auto", description="'none', 'auto' or 'best'")
     keep: Annotated[int, Field(ge=0, le=1_000_000)] = Field(

@@ -71,8 +71,9 @@ class Replicator:
         self.pool = pool
         self.lock = threading.Lock()
         self.stopping = threading.Event()
-        context = client_context(config) if config.replicate else None
-        self.targets = [Target(self, entry, context) for entry in config.replicate]
+        if config.replicate:
+            client_context(config)  # that it can be used is found out now
+        self.targets = [Target(self, entry, config) for entry in config.replicate]
         address: Any = config.replication.listen
         self.listener = Listener(pool, config, address) if address is not None else None
 
@@ -152,12 +153,12 @@ class _Plan:
 class Target:
     """One volume, one target, one thread."""
 
-    def __init__(self, owner: Replicator, entry: ReplicateConfig, context: Any) -> None:
+    def __init__(self, owner: Replicator, entry: ReplicateConfig, config: Config) -> None:
         self.entry = entry
         self.seen = Seen()
         self._owner = owner
         self._pool = owner.pool
-        self._peer = Peer(entry.target, entry.volume, context, self._tick)
+        self._peer = Peer(entry.target, entry.volume, lambda: client_context(config), self._tick)
         self._wake = threading.Condition()
         self._wanted = 0
         self._began = 0
@@ -190,7 +191,7 @@ class Target:
             raise StoppingError
 
     def _run(self) -> None:
-        delay = 0.0
+        delay = 0.0 if self.entry.at is None else self._until_next(0.0)
         while not self._owner.stopping.is_set():
             with self._wake:
                 deadline = time.monotonic() + delay
@@ -234,7 +235,14 @@ class Target:
             log.info("volume %s: replication to %s goes on", self.entry.volume, self.entry.target)
         self.seen.error, self.seen.failures = None, 0
         self.seen.cycles += 1
-        return max(0.0, self.entry.every - (time.monotonic() - began))
+        return self._until_next(time.monotonic() - began)
+
+    def _until_next(self, taken_s: float) -> float:
+        """Seconds, after a cycle that took so long."""
+        if self.entry.at is None:
+            return max(0.0, self.entry.every - taken_s)
+        now = datetime.now(UTC)
+        return max(0.0, (self.entry.at.next_due(now) - now).total_seconds())
 
     # A cycle
 

@@ -19,7 +19,15 @@ from nbdsnap.addresses import TcpAddress
 from nbdsnap.config import Config
 from nbdsnap.engine.names import check_name
 from nbdsnap.engine.pool import Pool
-from nbdsnap.errors import ConflictError, NbdsnapError, NotFoundError, ServerError, UsageError, from_exception
+from nbdsnap.errors import (
+    ConfigError,
+    ConflictError,
+    NbdsnapError,
+    NotFoundError,
+    ServerError,
+    UsageError,
+    from_exception,
+)
 from nbdsnap.replication.tls import find_rule, peer_names, server_context
 from nbdsnap.replication.wire import PATH, ChunkedSource, KnownSnapshot, ReplicaState, tune
 from nbdsnap.transfer.pace import Progress
@@ -44,7 +52,8 @@ class Listener:
     def __init__(self, pool: Pool, config: Config, address: TcpAddress) -> None:
         self.pool = pool
         self.rules = config.accept
-        self._context = server_context(config)
+        self._config = config
+        server_context(config)  # that it can be used is found out now
         self._stopping = threading.Event()
         self._free = threading.Semaphore(CONNECTIONS)
         self._threads: set[threading.Thread] = set()
@@ -96,13 +105,16 @@ class Listener:
         try:
             sock.settimeout(HANDSHAKE_S)
             tune(sock)
-            with self._context.wrap_socket(sock, server_side=True) as tls:
+            context = server_context(self._config)  # each time: certificates are renewed while a server runs
+            with context.wrap_socket(sock, server_side=True) as tls:
                 tls.settimeout(REQUEST_S)
                 _Handler(tls, peer, self)
         except StoppingError:
             pass
         except (OSError, ssl.SSLError) as error:
             log.info("%s: %s", peer[0], error)
+        except ConfigError as error:
+            log.error("%s", error)
         except Exception:
             log.exception("%s: a replication failed unexpectedly", peer[0])
         finally:

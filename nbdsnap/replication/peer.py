@@ -8,7 +8,7 @@ import select
 import socket
 import ssl
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 from urllib.parse import quote, urlencode, urlsplit
 
@@ -33,9 +33,12 @@ MAX_ANSWER = 64 << 20
 
 
 class Peer:
-    """``url``: ``https://HOST:PORT[/VOLUME]``; ``volume`` is the name here, and there, where the URL has none."""
+    """``url``: ``https://HOST:PORT[/VOLUME]``; ``volume`` is the name here, and there, where the URL has none.
 
-    def __init__(self, url: str, volume: str, context: ssl.SSLContext, tick: Tick) -> None:
+    ``context`` is asked for each connection: certificates are renewed while a server runs.
+    """
+
+    def __init__(self, url: str, volume: str, context: Callable[[], ssl.SSLContext], tick: Tick) -> None:
         parts = urlsplit(url)
         assert parts.hostname is not None and parts.port is not None
         self.url = url
@@ -76,7 +79,7 @@ class Peer:
         try:
             sock = socket.create_connection((host, port), CONNECT_S)
             tune(sock)
-            tls = self._context.wrap_socket(sock, server_hostname=host)
+            tls = self._context().wrap_socket(sock, server_hostname=host)
         except (OSError, ssl.SSLError) as error:
             raise _broken(self.url, error) from None
         connection = http.client.HTTPConnection(host, port)

@@ -147,14 +147,18 @@ async def reload(
         context.limits = limits_of(new)
         server.reloaded()
         log.warning("certificates, rules and limits are those of %s now", config.file)
-        if (new.server, new.pool, new.volumes, new.tls.mode) != (
-            config.server,
-            config.pool,
-            config.volumes,
-            config.tls.mode,
-        ):
-            log.warning("what else has changed there needs a restart: [server], [pool], [[volume]], [tls] mode")
+        if _fixed(new) != _fixed(config):
+            log.warning(
+                "what else has changed there needs a restart: [server], [pool], [[volume]], [tls] mode, [replication], "
+                "[[replicate]], [[accept]]"
+            )
     notify("READY=1")
+
+
+def _fixed(config: Config) -> tuple[object, ...]:
+    """What is as it was at the start, whatever the file says now."""
+    replication = config.replication, config.replicate, config.accept
+    return config.server, config.pool, config.volumes, config.tls.mode, *replication
 
 
 def is_guarded(config: Config) -> bool:

@@ -293,6 +293,10 @@ def test_replication(tmp_path: Path) -> None:
         ('[[replicate]]\nvolume = "vol"\ntarget = "https://host:1/a/b"', "is no name"),
         ('[[replicate]]\nvolume = "vol"\ntarget = "https://host:1"\nevery = "soon"', "'soon' is no span of time"),
         ('[[replicate]]\nvolume = "vol"\ntarget = "https://host:1"\nevery = 0', "out of range"),
+        (
+            '[[replicate]]\nvolume = "vol"\ntarget = "https://host:1"\nat = "noon"',
+            "1: at: at: 'noon' is no time of day",
+        ),
         ('[[replicate]]\nvolume = "vol"', "[[replicate]] 1: target: missing"),
         ('[[replicate]]\nvolume = "v"\ntarget = "https://h:1"\n' * 2, "stands twice"),
         ('[[accept]]\ncertificate = ["a"]', "[[accept]] 1: volumes: missing"),
