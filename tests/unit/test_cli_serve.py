@@ -323,3 +323,33 @@ def test_moved_folder_is_the_same_pool(server: Server, tmp_path: Path) -> None:
     server.config.write_text(server.config.read_text().replace(str(server.pool), str(tmp_path / "elsewhere")))
     server.start()
     assert [one["name"] for one in server.json("snapshot", "list")] == ["a"]
+
+
+# Listening beyond this machine, and TLS
+
+
+def test_others_are_not_let_in_by_mistake(folder: Path) -> None:
+    for listen in ("tcp://0.0.0.0:0", "tcp://[::]:0"):
+        config = write_config(folder, Volume("vol", folder / "vol.img", 1 << 20), listen=listen)
+        refused(config, 3, "can be reached from other machines", "[[allow]]", "insecure = true")
+
+
+def test_certificates_that_can_not_be_read(folder: Path) -> None:
+    config = write_config(folder, Volume("vol", folder / "vol.img", 1 << 20))
+    with config.open("a") as file:
+        file.write('[tls]\ncertificate = "nix.pem"\nkey = "nix.pem"\n')
+    refused(config, 3, f"[tls] certificate: cannot read {folder}/nix.pem")
+
+
+@pytest.mark.parametrize("guard", ["insecure = true\n", '[[allow]]\naddress = ["127.0.0.0/8"]\n'])
+def test_others_are_let_in_on_purpose(tmp_path: Path, guard: str) -> None:
+    config = write_config(tmp_path, Volume("vol", tmp_path / "vol.img", 1 << 20), listen="tcp://0.0.0.0:0")
+    text = config.read_text()
+    config.write_text(text.replace("[pool]", f"{guard}[pool]") if guard.startswith("insecure") else text + guard)
+    process = subprocess.Popen([NBDSNAP, "serve", "--config", config], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line.startswith("ready nbd://0.0.0.0:")
+    process.terminate()
+    assert process.wait(TIMEOUT_S) == 0
+    process.stdout.close()
