@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import random
 import shutil
 import socket
@@ -157,6 +158,57 @@ def test_a_client_that_does_not_read_is_held_to_its_limits(server: ServerThread,
         for _ in range(asked):
             assert client.receive().data == expected
         client.disconnect()
+
+
+class OpenSsl:
+    """What the ssl module does not offer, by its own library: a connection is the second pointer of its object."""
+
+    def __init__(self) -> None:
+        try:
+            self._library = ctypes.CDLL("libssl.so.3")
+        except OSError:
+            pytest.skip("this Python's OpenSSL is not a library that can be loaded")
+
+    def _call(self, function: str, sock: socket.socket, *arguments: int) -> int:
+        assert isinstance(sock, ssl.SSLSocket)
+        pointers = ctypes.cast(id(sock._sslobj), ctypes.POINTER(ctypes.c_void_p))  # type: ignore[attr-defined]
+        return int(getattr(self._library, function)(ctypes.c_void_p(pointers[3]), *arguments))
+
+    def key_update(self, sock: socket.socket) -> None:
+        """New keys from here on, and the server is asked for new ones, too."""
+        assert self._call("SSL_key_update", sock, 1) == 1
+        assert self._call("SSL_do_handshake", sock) == 1
+
+    def renegotiate(self, sock: socket.socket) -> None:
+        assert self._call("SSL_renegotiate", sock) == 1
+        self._call("SSL_do_handshake", sock)
+
+
+def test_new_keys_in_the_middle(server: ServerThread, authority: Authority) -> None:
+    """A client changes its keys after so many records, as GnuTLS does by itself, and asks for the server's, too."""
+    openssl = OpenSsl()
+    with secured(server, authority.client_context()).structured().go("vol") as client:
+        for number in range(20):
+            openssl.key_update(client.sock)
+            client.write(number * 5000, stamped(number, 0, 200_000))
+            openssl.key_update(client.sock)
+            openssl.key_update(client.sock)
+            assert client.read(number * 5000, 200_000) == stamped(number, 0, 200_000)
+        client.disconnect()
+
+
+def test_no_renegotiation(server: ServerThread, authority: Authority) -> None:
+    openssl = OpenSsl()
+    context = authority.client_context()
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    with secured(server, authority.client_context()).go("vol") as other:
+        client = secured(server, context).go("vol")
+        client.sock.settimeout(10)
+        openssl.renegotiate(client.sock)
+        with pytest.raises((OSError, DisconnectedError)):
+            client.read(0, 10)
+        client.close()
+        assert other.read(0, 10) == stamped(SEED, 0, 10)
 
 
 # Modes
