@@ -120,6 +120,7 @@ def rows(small: Costs, large: Costs, size: int, connections: int) -> list[Row]:
         Row(f"snapshot delete, {CHANGE} chunks", small.delete_s, large.delete_s, seconds, flat, as_small),
         Row("the same, the newest one", small.delete_newest_s, large.delete_newest_s, seconds, flat, as_small),
         Row(f"diff, {CHANGE} chunks", small.diff_s, large.diff_s, seconds, flat, as_small),
+        Row("rollback, nothing changed", small.rollback_s, large.rollback_s, seconds, flat, as_small),
         Row("status", small.status_s, large.status_s, seconds, listing, "at most 2 s"),
         Row("volume show", small.show_s, large.show_s, seconds, listing, "at most 2 s"),
         Row("snapshot list", small.list_s, large.list_s, seconds, listing, "at most 2 s"),

@@ -24,7 +24,7 @@ from benchmarks.pipeline import Pipeline, Schedule, connect
 from benchmarks.seedpool import CHUNK, snapshot_name
 from nbdsnap import operations
 from nbdsnap.client import RemoteClient
-from nbdsnap.operations import DiffRange, Nothing, SnapshotCreate, SnapshotDelete, SnapshotList, VolumeShow
+from nbdsnap.operations import DiffRange, Nothing, RollbackTo, SnapshotCreate, SnapshotDelete, SnapshotList, VolumeShow
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -56,6 +56,7 @@ class Costs:
     delete_s: float = 0.0
     delete_newest_s: float = 0.0
     diff_s: float = 0.0
+    rollback_s: float = 0.0
     status_s: float = 0.0
     list_s: float = 0.0
     show_s: float = 0.0
@@ -137,6 +138,11 @@ class Probe:
             diffs.append(seconds)
             if changed != CHANGE * CHUNK:
                 costs.problems.append(f"diff {older} {newer} is {changed} bytes, {CHANGE * CHUNK} were changed")
+        rollback = RollbackTo(name=f"{VOLUME}@undo")
+        client.call(operations.SNAPSHOT_CREATE, SnapshotCreate(names=[rollback.name]))
+        rollbacks = [timed(client.call, operations.ROLLBACK, rollback)[0] for _ in names]
+        client.call(operations.SNAPSHOT_DELETE, SnapshotDelete(names=[rollback.name]))
+        costs.rollback_s = median(rollbacks)
         deletes = [timed(client.call, operations.SNAPSHOT_DELETE, SnapshotDelete(names=[name]))[0] for name in names]
         costs.create_s, costs.diff_s = median(creates), median(diffs)
         costs.delete_s, costs.delete_newest_s = median(deletes[:-1]), deletes[-1]
