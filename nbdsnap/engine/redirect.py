@@ -16,6 +16,7 @@ preserver's thread.  Doing an operation again does no harm: that is how stalled 
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -25,6 +26,7 @@ import xxhash
 from nbdsnap.engine.device import Op, OpKind
 from nbdsnap.engine.redirected import RedirectedVolume
 from nbdsnap.engine.space import is_full
+from nbdsnap.engine.unreadable import Loss, is_unreadable, mark_snapshots, put_marks
 from nbdsnap.errors import CorruptionError, DeviceError, NbdsnapError
 from nbdsnap.store.chunkstore import ChunkStore, coalesce
 from nbdsnap.store.current import GROUP, Change
@@ -58,6 +60,8 @@ class Plan:
     dropped: list[Change] = field(default_factory=list)
     """Chunks that have no slot any more."""
     freed: list[int] = field(default_factory=list)
+    losses: list[Loss] = field(default_factory=list)
+    """Old content that the store's disk can't read any more."""
 
 
 class Redirection:
@@ -239,7 +243,7 @@ class Redirection:
             if contents:
                 self._store.write(runs, contents)
                 self._store.sync(failed_syncs)
-            self._index.update(lambda txn: _commit(txn, volume.record.number, records, usage, changes, fresh, plan))
+            self._index.update(lambda txn: _commit(txn, volume, records, usage, changes, fresh, plan))
         except DeviceError:
             raise  # whether the commit is on disk is not known: its slots stay out of use until the next start
         except BaseException:
@@ -248,7 +252,10 @@ class Redirection:
         volume.chunks.moved(changes)
         volume.mark_exclusive([chunk for chunk, _ in changes])
         if plan.freed:
+            volume.generation += 1  # a snapshot's reader may have looked one of them up
             self._store.free(plan.freed)
+        if plan.losses:
+            mark_snapshots(volume, plan.losses)
 
     def _make_records(
         self, volume: RedirectedVolume, plan: Plan
@@ -263,7 +270,12 @@ class Redirection:
         ]
         old = self._read_old([(chunk, slot) for chunk, slot, _ in plan.old])
         for chunk, slot, previous in plan.old:
-            data = old[chunk]
+            data = old.get(chunk)
+            if data is None:
+                records.append(Record(chunk, epoch, LOST_SLOT, 0))
+                plan.losses.append((chunk, previous))
+                plan.freed.append(slot)
+                continue
             record = Record(chunk, epoch, slot, digest(data, checksum_seed(number, chunk, epoch)))
             if not data[0] and bytes(data) == _ZERO_CHUNK:
                 record.slot = ZERO_SLOT
@@ -275,15 +287,24 @@ class Redirection:
         return records, usage, old
 
     def _read_old(self, chunks: list[tuple[int, int]]) -> dict[int, memoryview]:
-        """The content of ``(chunk, slot)``, neighbours with one read."""
+        """The content of ``(chunk, slot)``, neighbours with one read; without those that can't be read."""
         found: dict[int, memoryview] = {}
         start = 0
         while start < len(chunks):
             end = start + 1
             while end < len(chunks) and chunks[end][1] - chunks[start][1] == end - start:
                 end += 1
-            self._store.read_into(self._old[start << CHUNK_SHIFT : end << CHUNK_SHIFT], chunks[start][1])
+            part, slot = self._old[start << CHUNK_SHIFT : end << CHUNK_SHIFT], chunks[start][1]
+            lost: set[int] = set()
+            try:
+                self._store.read_into(part, slot)
+            except OSError as error:
+                if not is_unreadable(error):
+                    raise
+                lost = self._store.read_again(part, slot)
             for position in range(start, end):
+                if position - start in lost:
+                    continue
                 found[chunks[position][0]] = self._old[position << CHUNK_SHIFT : (position + 1) << CHUNK_SHIFT]
             start = end
         return found
@@ -295,6 +316,8 @@ class Redirection:
         low, high, data = pieces[-1]
         if high - low == CHUNK:
             return _ZEROES if data is None else data
+        if old is None and slot is not None and slot < MAX_SLOTS:
+            raise OSError(errno.EIO, f"the old content at {chunk << CHUNK_SHIFT} can't be read", str(self._store.path))
         content = bytearray(_ZERO_CHUNK if old is None else old)
         view = memoryview(content)
         if slot is None and not volume.chunks.base.is_zero:
@@ -308,18 +331,20 @@ class Redirection:
 
 def _commit(
     txn: IndexWriter,
-    number: int,
+    volume: RedirectedVolume,
     records: list[Record],
     usage: dict[tuple[int, int], int],
     changes: list[Change],
     fresh: list[int],
     plan: Plan,
 ) -> None:
+    number = volume.record.number
     if records:
         txn.preserve(number, NewRecords.of(records[0].epoch, records))
     txn.change_slots(used=fresh, freed=plan.freed)
     txn.add_usage(number, usage)
     txn.current(number).change(changes)
+    put_marks(txn, volume, plan.losses)
 
 
 def _content_of(slot: int) -> bytes:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from nbdsnap.engine.device import Extent, Op, OpKind
 from nbdsnap.engine.livechunks import LiveChunks, Run, layers
 from nbdsnap.engine.records import SnapshotRecord, VolumeRecord
-from nbdsnap.engine.slotmap import FIRST
+from nbdsnap.engine.slotmap import ABSENT, FIRST, ZEROES
 from nbdsnap.engine.volume import NOW_LIMIT, Volume
 from nbdsnap.errors import DeviceError
 from nbdsnap.store.fileio import FileIO
@@ -49,7 +49,7 @@ class RedirectedVolume(Volume):
         with self.lock:
             return self._put_now(writes)
 
-    def _put_now(self, writes: Sequence[tuple[int, memoryview]]) -> list[bool]:
+    def _put_now(self, writes: Sequence[tuple[int, memoryview]], *, edges_read: bool = False) -> list[bool]:
         """Under ``lock``: write in place, or into the log."""
         done = [False] * len(writes)
         later: list[int] = []
@@ -58,7 +58,7 @@ class RedirectedVolume(Volume):
             if (
                 end > self._limit
                 or len(data) > NOW_LIMIT
-                or ((offset | end) & (CHUNK - 1) and not self._edges_cached(offset, end))
+                or ((offset | end) & (CHUNK - 1) and not edges_read and not self._edges_cached(offset, end))
             ):
                 continue
             first, stop = offset >> CHUNK_SHIFT, chunk_count(end)
@@ -99,31 +99,41 @@ class RedirectedVolume(Volume):
                 self.chunks.store.write_inside(slot, inside + written, part[written:])
 
     def _edges_cached(self, offset: int, end: int) -> bool:
-        """As far as it is known where they lie: else the preserver finds out."""
+        """Under ``lock``, so that the index is not asked where they lie."""
         return (not offset & (CHUNK - 1) or self._is_cached(offset >> CHUNK_SHIFT)) and (
             not end & (CHUNK - 1) or self._is_cached(end >> CHUNK_SHIFT)
         )
 
     def _is_cached(self, chunk: int) -> bool:
-        place = self.chunks.slots.get(chunk)
-        return place < FIRST or self.chunks.store.read_now(memoryview(bytearray(1)), place - FIRST)
+        place, probe = self.chunks.slots.get(chunk), memoryview(bytearray(1))
+        if place >= FIRST:
+            return self.chunks.store.read_now(probe, place - FIRST)
+        return place == ZEROES or (place == ABSENT and self.chunks.base.is_zero)
 
     def _submit(self, op: Op, *, edges_read: bool) -> None:
         with self.lock:
             refusal = self._refusal
-            done = False
+            done = cold = False
             if op.kind == OpKind.WRITE and op.length <= NOW_LIMIT:
                 assert op.data is not None
-                (done,) = self._put_now(((op.offset, memoryview(op.data)),))
-            if not done and refusal is None:
+                (done,) = self._put_now(((op.offset, memoryview(op.data)),), edges_read=edges_read)
+                cold = not done and not edges_read and self._is_cold(op)
+            if not done and not cold and refusal is None:
                 if self._parked is None:
                     self._preserver.submit(self, op)
                 else:
                     self._parked.append(op)
-        if done:
+        if cold:
+            self._workers.submit(self._read_edges, op)
+        elif done:
             self.finish(op, None)
         elif refusal is not None:
             self.finish(op, refusal)
+
+    def _is_cold(self, op: Op) -> bool:
+        """Whether what it only half covers is to be read first, by somebody who may wait: before it is acknowledged."""
+        end = op.offset + op.length
+        return end <= self._limit and bool((op.offset | end) & (CHUNK - 1)) and not self._edges_cached(op.offset, end)
 
     def depths(self, offset: int, length: int) -> list[Extent]:
         if self.view is not None:

@@ -388,7 +388,7 @@ class Volume(VolumeState):
         try:
             for place in (op.offset, op.offset + op.length - 1):
                 self.read(probe, place)  # pending writes count
-        except OSError as error:
+        except (OSError, NbdsnapError) as error:
             self.finish(op, error)
             return
         self._submit(op, edges_read=True)

@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 INDEX_RESERVE = 16 << 20
 """Bytes of the file system (or a 16th of it, if that is less) that preserved data leaves free."""
 
+PROBES = 8
+"""Slots that are tried to find out whether a disk still answers."""
+
 Run = tuple[int, int]
 """``(first slot, count)``."""
 
@@ -170,6 +173,38 @@ class ChunkStore:
     def read_into(self, buffer: memoryview, slot: int, inside: int = 0) -> None:
         """Fill ``buffer`` from byte ``inside`` of ``slot`` on, and from the slots after it."""
         self._io.read_into(self.fd, buffer, (slot << CHUNK_SHIFT) + inside)
+
+    def read_again(self, buffer: memoryview, slot: int) -> set[int]:
+        """Read slot by slot what could not be read as a whole; the positions of those that can't be.
+
+        Raises the error where the disk does not answer at all.
+        """
+        failures: dict[int, OSError] = {}
+        for position in range(len(buffer) >> CHUNK_SHIFT):
+            try:
+                self.read_into(buffer[position << CHUNK_SHIFT : (position + 1) << CHUNK_SHIFT], slot + position)
+            except OSError as error:
+                failures[position] = error
+        if failures and not self._answers({slot + position for position in failures}):
+            raise failures[min(failures)]
+        return set(failures)
+
+    def _answers(self, bad: set[int]) -> bool:
+        """Whether the disk takes a sync, and gives back another used slot near these; where there is none, the sync
+        decides."""
+        self.sync()
+        block = min(bad) >> BLOCK_SHIFT
+        others = [(block << BLOCK_SHIFT) + number for number in chunkset.iterate(self._taken.get(block, 0))]
+        others = sorted(set(others) - bad, key=lambda other: abs(other - min(bad)))[:PROBES]
+        probe = memoryview(bytearray(CHUNK))
+        for other in others:
+            try:
+                self._io.drop_cached(self.fd, other << CHUNK_SHIFT, CHUNK)
+                self.read_into(probe, other)
+                return True
+            except OSError:
+                continue
+        return not others
 
     def read_now(self, buffer: memoryview, slot: int, inside: int = 0) -> bool:
         """The same from the page cache only; False where the disk would be waited for."""
