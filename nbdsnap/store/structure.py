@@ -21,8 +21,6 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from collections.abc import Sequence
-from operator import lt
 from pathlib import Path
 from typing import NamedTuple
 
@@ -173,7 +171,7 @@ class _Walk:
         if found != number:
             raise _DamageError(f"page {number} is another one")
         if flags == _LEAF | _LEAF2 and table.items_only:
-            keys: Sequence[Key] = _items(number, page, size, lower, table.item_size)
+            keys = _items(number, page, size, lower, table.item_size)
             self._count += len(keys)
             _check_keys(number, keys, low, high)
         elif flags == _LEAF and not table.items_only:
@@ -330,13 +328,13 @@ def _items(number: int, page: bytes, size: int, lower: int, expected: int) -> li
     end = _HEADER_BYTES + count * size
     if size != expected or count < 0 or end > len(page):
         raise _DamageError(f"the header of page {number} is damaged")
-    return [page[start : start + size] for start in range(_HEADER_BYTES, end, size)]
+    return list(struct.unpack(f"{size}s" * count, page[_HEADER_BYTES:end]))
 
 
-def _check_keys(number: int, keys: Sequence[Key], low: Key | None, high: Key | None) -> None:
+def _check_keys(number: int, keys: list[Key] | list[bytes], low: Key | None, high: Key | None) -> None:
     if not keys:
         return
-    if not all(map(lt, keys, keys[1:])):
+    if keys != sorted(keys):
         raise _DamageError(f"page {number}: its keys are not in order")
     if (low is not None and keys[0] < low) or (high is not None and not keys[-1] < high):  # type: ignore[operator]
         raise _DamageError(f"page {number}: its keys belong elsewhere")
