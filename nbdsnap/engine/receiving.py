@@ -382,11 +382,10 @@ class Receives:
 
     def finish(self, volume: Volume, arrival: Arrival, name: str) -> SnapshotRecord:
         """All has come and was verified: it is the volume's content, and a snapshot, from here on."""
-        volume.sync_in_place()  # the long part
+        volume.sync_in_place()  # what is parked is not written any more, so this is all
         return self.preserver.run(lambda: self._finish(volume, arrival, name))
 
     def _finish(self, volume: Volume, arrival: Arrival, name: str) -> SnapshotRecord:
-        volume.sync_in_place()
         stage = find_stage(volume)
         record = volume.record
         snapshot = SnapshotRecord(record.epoch, name, arrival.size, arrival.created, id=arrival.id)
