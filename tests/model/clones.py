@@ -241,7 +241,11 @@ class CloneMachine(RuleBasedStateMachine):
     # --- kills ---
 
     @precondition(lambda self: self.target.can_be_killed())
-    @rule(data=st.data(), delay_ms=st.integers(0, 20), kind=st.sampled_from(["clone", "flatten", "delete", "nothing"]))
+    @rule(
+        data=st.data(),
+        delay_ms=st.integers(0, 20),
+        kind=st.sampled_from(["clone", "flatten", "delete", "rollback", "nothing"]),
+    )
     def kill(self, data: st.DataObject, delay_ms: int, kind: str) -> None:
         """In the middle of a command: it was done, or not at all; and nothing that was acknowledged is lost."""
         new = f"c{self._next()}"
@@ -258,6 +262,15 @@ class CloneMachine(RuleBasedStateMachine):
             assert flat or not acknowledged
             if flat:
                 self.volumes[name].base = None
+        elif kind == "rollback" and self._names():
+            text = data.draw(st.sampled_from(self._names()))
+            acknowledged = self._kill_during(lambda: self.target.rollback(text, force=True), delay_ms)
+            name = text.partition("@")[0]
+            model = self.volumes[name]
+            if all(read(self._live(name), start, WINDOW) == model.live.read(start, WINDOW) for start in STARTS):
+                assert not (acknowledged and model.live.differing(self._image(text)))
+                self.target.rollback(text, force=True)
+            model.live = self._image(text).copy()
         elif kind == "delete" and deletable:
             name = data.draw(st.sampled_from(deletable))
             self._close(name)
