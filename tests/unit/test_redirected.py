@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -336,7 +337,7 @@ def test_a_read_asks_the_index_as_often_at_any_depth(pool: Pool, monkeypatch: py
 
         def counted(index: Index, original: Callable[[Index], Any] = original) -> Any:
             nonlocal count
-            count += 1
+            count += threading.current_thread() is threading.main_thread()  # the engine's own threads ask, too
             return original(index)
 
         with monkeypatch.context() as patches:
