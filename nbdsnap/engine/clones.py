@@ -31,7 +31,14 @@ from nbdsnap.engine.redirected import RedirectedVolume
 from nbdsnap.engine.redirected_snapshot import RedirectedSnapshotDevice
 from nbdsnap.engine.snapshot import SnapshotDevice
 from nbdsnap.engine.volume import Volume
-from nbdsnap.errors import ConflictError, CorruptionError, InUseError, NbdsnapError
+from nbdsnap.errors import (
+    ConflictError,
+    CorruptionError,
+    InUseError,
+    NbdsnapError,
+    OriginChangedError,
+    OriginError,
+)
 from nbdsnap.store.chunkstore import ChunkStore
 from nbdsnap.store.fileio import FileIO
 from nbdsnap.store.index import Index, IndexWriter
@@ -99,7 +106,7 @@ class Clones:
         while place is not None:
             state, snapshot = self.find(*place)
             if state.problem is not None:
-                raise type(state.problem)(f"the base {state.name}@{snapshot.name} can't be read: {state.problem}")
+                raise _unreadable(state, snapshot, state.problem)
             if isinstance(state, RedirectedVolume):
                 levels.append(self._snapshot_chunks(state, snapshot))
                 place = state.record.base
@@ -230,6 +237,12 @@ class Clones:
             self._deleting = [record for record in self._deleting if record.number != number]
         self._store.free(slots)
         return more
+
+
+def _unreadable(state: VolumeState, snapshot: SnapshotRecord, problem: NbdsnapError) -> NbdsnapError:
+    """It is not the clone's own origin that was changed: there is nothing of it to be accepted."""
+    kind = OriginError if isinstance(problem, OriginChangedError) else type(problem)
+    return kind(f"the base {state.name}@{snapshot.name} can't be read: {problem}", hint=problem.advice)
 
 
 def check_no_clones(clones: Mapping[tuple[int, int], list[str]], state: VolumeState, snapshot: SnapshotRecord) -> None:

@@ -12,7 +12,7 @@ import pytest
 from nbdsnap.engine import flatten
 from nbdsnap.engine.device import STATE_HOLE, STATE_ZERO, OpKind
 from nbdsnap.engine.pool import Pool
-from nbdsnap.errors import AlreadyExistsError, InUseError, NotFoundError, UsageError
+from nbdsnap.errors import AlreadyExistsError, InUseError, NotFoundError, OriginError, UsageError
 from nbdsnap.store.index import Index
 from tests.support.device import flush, read, submit, write
 from tests.support.enginepool import make_pool
@@ -347,3 +347,24 @@ def test_a_read_asks_the_index_as_often_at_any_depth(pool: Pool, monkeypatch: py
         asked[name] = count
         device.close()
     assert asked["c40"] == asked["c2"] == 50
+
+
+def test_accepting_a_changed_origin_brings_its_clones_back(tmp_path: Path) -> None:
+    pool = make_pool(tmp_path, ["vol"], MIB)
+    put(pool, "vol", 0, b"a" * MIB)
+    pool.snapshot_create(["vol@one"])
+    pool.clone("vol@one", "trial")
+    pool.snapshot_create(["trial@two"])
+    pool.clone("trial@two", "again")
+    pool.close()
+    with (tmp_path / "vol.img").open("r+b") as file:
+        file.write(b"b")
+    pool = Pool.open(tmp_path / "pool")
+    with pytest.raises(OriginError, match=r"the base vol@one can't be read: .* was changed"):
+        pool.open_device("again")
+    assert pool.volume_accept("again").error is not None, "it is not the clone's to accept"
+    pool.volume_accept("vol")
+    assert content(pool, "again") == b"b" + b"a" * (MIB - 1)
+    assert [info.error for info in pool.volume_list()] == [None] * 3
+    assert [info.problem for info in pool.snapshot_list("trial")] == [None]
+    pool.close()
