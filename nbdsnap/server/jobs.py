@@ -107,7 +107,8 @@ def _refuse(path: DataPath, request: Request, error: int, length: int, size: int
     _, _, cookie, offset, _, _ = request
     if error in (NBD_EINVAL, NBD_ENOSPC) and offset + length > size:
         text = f"{length} bytes at {offset} are past the end, {size}"
-        return path.replies.error(cookie, offset, error, text, max(offset, size) if length else None)
+        is_sane = 0 < length < (1 << 64) - offset  # else clients take any offset for one outside the request
+        return path.replies.error(cookie, offset, error, text, max(offset, size) if is_sane else None)
     return path.replies.error(cookie, offset, error, _REFUSALS[error])
 
 

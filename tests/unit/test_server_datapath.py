@@ -546,6 +546,8 @@ def test_an_error_chunk_says_why(server: ServerThread, dialect: str) -> None:
         for command, length in ((READ, 4096), (TRIM, 4096), (WRITE_ZEROES, 4096), (CACHE, 4096), (READ, 0)):
             (message,) = client.wait(client.send(command, SIZE - 100, length)).messages
             assert message.offset == (SIZE if length else None), "the first byte that is past the end"
+        (message,) = client.wait(client.send(READ, (1 << 64) - 4096, 4096)).messages
+        assert message.offset is None, "libnbd would drop the connection, since the end is 0 in 64 bits"
 
 
 @ALL
