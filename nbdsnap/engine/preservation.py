@@ -13,6 +13,7 @@ Old content that its disk can't read any more is preserved as just that (:mod:`n
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Sequence
 
 import xxhash
@@ -97,7 +98,7 @@ class Preservation:
         self._store = store
         self._space = space
         self._redirection = Redirection(index, store, slice_chunks)
-        self._old = memoryview(bytearray(slice_chunks * CHUNK))
+        self._old = memoryview(mmap.mmap(-1, slice_chunks * CHUNK))  # for its alignment
         self.make_room: Callable[[int], bool] = _no_room
         """Goes some way towards that many free slots (:meth:`nbdsnap.engine.deletion.Deletions.make_room`)."""
 
@@ -210,7 +211,7 @@ class Preservation:
         failed_syncs = self._store.failed_syncs
         try:
             _assign(records, stored, runs)
-            self._store.write(runs, _gather(self._old, stored))
+            self._store.write(runs, _gather(self._old, stored), aligned=True)
             if runs:
                 self._store.sync(failed_syncs)
             usage = _usage(needed, stored, records.epoch)

@@ -67,6 +67,7 @@ class ChunkStore:
                 f"{path} is missing: it holds what snapshots have preserved",
                 hint="restore it from a backup of the pool; or see: nbdsnap check --repair --dry-run",
             ) from None
+        self._direct_fd = None if read_only else _open_direct(io, path)
         self.used_slots = sum(taken.bit_count() for taken in self._taken.values())
         """Reserved slots included."""
         self._end_block = max(self._taken, default=-1) + 1
@@ -79,7 +80,13 @@ class ChunkStore:
         self.failed_syncs = 0
 
     def close(self) -> None:
+        self._close_direct()
         self._io.close(self.fd)
+
+    def _close_direct(self) -> None:
+        fd, self._direct_fd = self._direct_fd, None
+        if fd is not None:
+            self._io.close(fd)
 
     def reserve(self, count: int) -> list[Run]:
         """``count`` free slots, in as few runs as come cheaply.  NoSpaceError where limit or disk do not allow them."""
@@ -139,8 +146,12 @@ class ChunkStore:
             log.warning("the space of %d slots of %s can't be given back now: %s", len(slots), self.path, error)
         self.release(runs)
 
-    def write(self, runs: Sequence[Run], buffers: Sequence[Buffer]) -> None:
-        """Write the chunks in ``buffers`` (whole chunks, in order) to the slots of ``runs``."""
+    def write(self, runs: Sequence[Run], buffers: Sequence[Buffer], *, aligned: bool = False) -> None:
+        """Write the chunks in ``buffers`` (whole chunks, in order) to the slots of ``runs``.
+
+        ``aligned``: each begins at a page's border in memory.  They are then written past the page cache, where that is
+        possible: what is preserved is seldom read soon, and is synced at once.
+        """
         position, offset_in = 0, 0
         for first, count in runs:
             batch: list[Buffer] = []
@@ -153,7 +164,21 @@ class ChunkStore:
                 offset_in += len(part)
                 if len(part) == len(view):
                     position, offset_in = position + 1, 0
-            self._io.write_all(self.fd, batch, first << CHUNK_SHIFT)
+            if not (aligned and self._write_direct(batch, first << CHUNK_SHIFT)):
+                self._io.write_all(self.fd, batch, first << CHUNK_SHIFT)
+
+    def _write_direct(self, buffers: Sequence[Buffer], offset: int) -> bool:
+        if self._direct_fd is None:
+            return False
+        try:
+            self._io.write_all(self._direct_fd, buffers, offset)
+            return True
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+        log.info("%s can't be written past the page cache", self.path)  # or it was, in part, and can't go on there
+        self._close_direct()
+        return False
 
     def sync(self, failed_before: int | None = None) -> None:
         """Make durable what was written before this call.
@@ -248,6 +273,14 @@ class ChunkStore:
     @property
     def allocated_bytes(self) -> int:
         return self._io.allocated_bytes(self.fd)
+
+
+def _open_direct(io: FileIO, path: Path) -> int | None:
+    """The file, opened for writes past the page cache; None where its file system has no such thing."""
+    try:
+        return io.open(path, os.O_WRONLY | os.O_DIRECT)
+    except OSError:
+        return None
 
 
 def coalesce(slots: Iterable[int]) -> Iterator[Run]:
