@@ -32,6 +32,11 @@ class IntentGroup:
         )
 
 
+def joined(groups: Sequence[IntentGroup]) -> IntentGroup:
+    """One after the other, as one."""
+    return IntentGroup([intent for group in groups for intent in group.intents])
+
+
 class IntentSet:
     """Of one volume of ``chunks`` chunks."""
 

@@ -150,7 +150,10 @@ class Pool:
             undo.callback(self._workers.shutdown)
             self._stranded = StrandedIntents(io, path)
             self._space = Space(self._store, options.warn_at, options.log_size)
-            self._preserver = Preserver(self._index, self._store, self._log, self._space, self._stranded)
+            batch = io.batch()
+            if batch is not None:
+                undo.callback(batch.close)
+            self._preserver = Preserver(self._index, self._store, self._log, self._space, self._stranded, batch)
             self._deletions = Deletions(
                 self._lock, self._volumes, self._index, self._store, self._preserver, lambda: self._open_devices > 0
             )

@@ -14,7 +14,7 @@ Old content that its disk can't read any more is preserved as just that (:mod:`n
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import xxhash
 
@@ -26,6 +26,7 @@ from nbdsnap.engine.space import Space, is_full
 from nbdsnap.engine.unreadable import is_unreadable, mark_snapshots, put_marks, read_again
 from nbdsnap.engine.volume import Volume
 from nbdsnap.errors import DeviceError, NbdsnapError
+from nbdsnap.store.batchio import BatchIO, address_of
 from nbdsnap.store.chunkstore import ChunkStore, Run
 from nbdsnap.store.fileio import Buffer
 from nbdsnap.store.index import Index, IndexWriter, NewRecords, checksum_seed
@@ -93,12 +94,14 @@ class Obstacles:
 class Preservation:
     """``slice_chunks``: how many are preserved with one commit."""
 
-    def __init__(self, index: Index, store: ChunkStore, space: Space, slice_chunks: int) -> None:
+    def __init__(self, index: Index, store: ChunkStore, space: Space, batch: BatchIO | None, slice_chunks: int) -> None:
+        self._batch = batch
         self._index = index
         self._store = store
         self._space = space
         self._redirection = Redirection(index, store, slice_chunks)
         self._old = memoryview(mmap.mmap(-1, slice_chunks * CHUNK))  # for its alignment
+        self._old_at = address_of(self._old)
         self.make_room: Callable[[int], bool] = _no_room
         """Goes some way towards that many free slots (:meth:`nbdsnap.engine.deletion.Deletions.make_room`)."""
 
@@ -245,22 +248,25 @@ class Preservation:
 
         Returns the positions of those that can't be read.
         """
+        runs = _runs(chunks)
+        if self._batch is None or len(runs) == 1:
+            unread: Iterable[int] = range(len(runs))
+        else:
+            at = self._old_at
+            pieces = [
+                (at + (start << CHUNK_SHIFT), n << CHUNK_SHIFT, chunks[start] << CHUNK_SHIFT) for start, n in runs
+            ]
+            unread = self._batch.read(volume.origin.fd, pieces)
         lost: set[int] = set()
-        old, read_into = self._old, volume.origin.read_into
-        start, count = 0, len(chunks)
-        while start < count:
-            first = chunks[start]
-            end = start + 1
-            while end < count and chunks[end] - first == end - start:
-                end += 1
-            part = old[start << CHUNK_SHIFT : end << CHUNK_SHIFT]
+        for position in unread:
+            start, count = runs[position]
+            part = self._old[start << CHUNK_SHIFT : (start + count) << CHUNK_SHIFT]
             try:
-                read_into(part, first << CHUNK_SHIFT)
+                volume.origin.read_into(part, chunks[start] << CHUNK_SHIFT)
             except OSError as error:
                 if not is_unreadable(error):
                     raise
-                lost.update(start + position for position in read_again(volume, part, first))
-            start = end
+                lost.update(start + chunk for chunk in read_again(volume, part, chunks[start]))
         return lost
 
     def _make_records(self, volume: Volume, chunks: list[int], lost: set[int]) -> tuple[NewRecords, list[int]]:
@@ -284,6 +290,17 @@ class Preservation:
         if lost:
             stored = [position for position in stored if position not in lost]
         return NewRecords(epoch, chunks, slots, checksums), stored
+
+
+def _runs(chunks: list[int]) -> list[tuple[int, int]]:
+    """``(position, count)`` of what follows each other."""
+    runs: list[tuple[int, int]] = []
+    start = 0
+    for position in range(1, len(chunks) + 1):
+        if position == len(chunks) or chunks[position] - chunks[position - 1] != 1:
+            runs.append((start, position - start))
+            start = position
+    return runs
 
 
 def _chunks_of(intent: Intent) -> range:

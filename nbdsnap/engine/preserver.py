@@ -58,11 +58,12 @@ from typing import TypeVar
 
 from nbdsnap.engine.device import Op
 from nbdsnap.engine.inbox import Inbox
-from nbdsnap.engine.pending import IntentGroup
+from nbdsnap.engine.pending import IntentGroup, joined
 from nbdsnap.engine.preservation import Item, Obstacles, Preservation
 from nbdsnap.engine.space import Space, is_full
 from nbdsnap.engine.volume import Volume
 from nbdsnap.errors import ConflictError, DeviceError, NbdsnapError, NoSpaceError
+from nbdsnap.store.batchio import BatchIO
 from nbdsnap.store.chunkstore import ChunkStore
 from nbdsnap.store.index import Index
 from nbdsnap.store.intentlog import Intent, IntentLog
@@ -95,12 +96,19 @@ class Preserver:
     thread."""
 
     def __init__(
-        self, index: Index, store: ChunkStore, intent_log: IntentLog, space: Space, stranded: StrandedIntents
+        self,
+        index: Index,
+        store: ChunkStore,
+        intent_log: IntentLog,
+        space: Space,
+        stranded: StrandedIntents,
+        batch: BatchIO | None,
     ) -> None:
         self.index = index
         self.store = store
         self.log = intent_log
-        self.preservation = Preservation(index, store, space, SLICE_CHUNKS)
+        self.batch = batch
+        self.preservation = Preservation(index, store, space, batch, SLICE_CHUNKS)
         self._space = space
         self._promised = 0
         """Chunks of all intents that were ever taken; under ``_append_lock``."""
@@ -179,6 +187,8 @@ class Preserver:
             self._stopping = True
             self._inbox.put(self._end, urgent=True)
         self._thread.join()
+        if self.batch is not None:
+            self.batch.close()
 
     def _end(self) -> None:
         self._ended = True
@@ -352,6 +362,7 @@ class Preserver:
 
         ``again``: they are the stalled ones; else those of stalled volumes have to wait behind them.
         """
+        batch = _merged(batch)
         obstacles = self.preservation.make_way(batch)
         stuck = {} if again else {volume: volume.stalled for volume, _ in batch if volume.stalled is not None}
         over_intents: list[tuple[Volume, Op]] = []
@@ -423,6 +434,31 @@ class Preserver:
             failure = error
         for volume, op in items:  # a live intent that was logged since then is newer than the operation: no harm
             volume.finish(op, failure or volume.obstacle())
+
+
+def _merged(batch: list[Item]) -> list[Item]:
+    """With the groups of intents that follow each other, of one volume, as one."""
+    merged: list[Item] = []
+    before: tuple[Volume, list[IntentGroup]] | None = None
+
+    def end() -> None:
+        if before is not None:
+            volume, groups = before
+            merged.append((volume, groups[0] if len(groups) == 1 else joined(groups)))
+
+    for volume, item in batch:
+        if isinstance(item, IntentGroup):
+            if before is not None and before[0] is volume:
+                before[1].append(item)
+                continue
+            end()
+            before = volume, [item]
+        else:
+            end()
+            before = None
+            merged.append((volume, item))
+    end()
+    return merged
 
 
 def _chunks_of(writes: Sequence[tuple[int, memoryview]]) -> int:

@@ -502,15 +502,16 @@ class Volume(VolumeState):
         if self.failure is not None:
             return 0, DeviceError(self.failure)
         failure: Exception | None = None
-        pwrite, fd = self._pwrite, self._fd
         done = 0
+        first = 0
+        batch = self._preserver.batch
+        if batch is not None and len(intents) > 1:
+            undone = batch.write(self._fd, [(one.address or 0, len(one.data), one.offset) for one in intents])
+            first = undone[0] if undone else len(intents)
         try:
-            for intent in intents:
-                data = intent.data
-                written = pwrite(fd, data, intent.offset)
-                if written != len(data):
-                    self.origin.write(data[written:], intent.offset + written)
-                done += 1
+            for done in range(first, len(intents)):  # all from there on: a later one may lie over it
+                self.origin.write(intents[done].data, intents[done].offset)
+            done = len(intents)
         except Exception as error:
             failure = error
         self._arrived(intents[:done] if failure else intents)

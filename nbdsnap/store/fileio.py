@@ -16,6 +16,8 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from nbdsnap.store.batchio import BatchIO
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
@@ -72,6 +74,13 @@ class FileIO:
 
     def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
         return os.pwritev(fd, buffers, offset)
+
+    def batch(self) -> BatchIO | None:
+        """For many small reads and writes at once, by one thread; None where the system has no such thing."""
+        try:
+            return BatchIO()
+        except OSError:
+            return None
 
     def fdatasync(self, fd: int) -> None:
         os.fdatasync(fd)

@@ -45,6 +45,7 @@ from pathlib import Path
 import xxhash
 
 from nbdsnap.errors import CorruptionError, DeviceError, FormatError
+from nbdsnap.store.batchio import address_of
 from nbdsnap.store.fileio import Buffer, FileIO
 from nbdsnap.store.layout import DEFAULT_LOG_SIZE
 
@@ -77,12 +78,16 @@ SPARE_STAGES = 4
 class Intent:
     """A write that was acknowledged: ``data`` belongs at ``offset`` of the volume number ``volume``.
 
-    ``end``: the log's position after it.  Never changed; a plain class, since one is made for every such write.
+    ``end``: the log's position after it.  ``address``: where ``data`` lies in memory, if that is known.  Never changed;
+    a plain class, since one is made for every such write.
     """
 
-    __slots__ = ("data", "end", "offset", "sequence", "volume")
+    __slots__ = ("address", "data", "end", "offset", "sequence", "volume")
 
-    def __init__(self, sequence: int, volume: int, offset: int, data: memoryview, end: int) -> None:
+    def __init__(
+        self, sequence: int, volume: int, offset: int, data: memoryview, end: int, address: int | None = None
+    ) -> None:
+        self.address = address
         self.sequence = sequence
         self.volume = volume
         self.offset = offset
@@ -102,6 +107,7 @@ class _Stage:
         self.memory = memory
         self.base = base
         self.view = memoryview(memory)
+        self.address = address_of(memory)
 
 
 def _is_free(memory: bytearray) -> bool:
@@ -230,7 +236,7 @@ class IntentLog:
                 if length & 7:
                     view[begin + length : place + needed] = _ZEROES[: -length & 7]
                 head += needed
-                intents.append(Intent(sequence, volume, offset, kept, head))
+                intents.append(Intent(sequence, volume, offset, kept, head, stage.address + begin))
                 sequence += 1
             if head > start:
                 assert stage is not None

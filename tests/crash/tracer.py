@@ -92,6 +92,7 @@ _SYNC_FLAGS = os.O_DSYNC
 RWF_DSYNC, RWF_SYNC, RWF_APPEND = 0x02, 0x04, 0x10
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE = 0x01, 0x02, 0x10
 CLONE_FILES = 0x400
+IOCB_CMD_PWRITE = 1
 PROT_WRITE, MAP_SHARED, MAP_TYPE = 0x2, 0x01, 0x0F
 AT_REMOVEDIR = 0x200
 _CLONE_REFLINKS = (0x40049409, 0x4020940D)
@@ -138,6 +139,11 @@ _RESUMED = re.compile(r"<\.\.\. (\w+) resumed>(.*)", re.DOTALL)
 _RESULT = re.compile(r"(.*)\)\s+= (-?(?:0x)?[0-9a-f]+|\?)(?:<((?:\\x[0-9a-f]{2})*)>)?(.*)", re.DOTALL)
 _FD = re.compile(r"(-?\d+)(?:<((?:\\x[0-9a-f]{2})*)>)?(\(deleted\))?")
 _STRING = re.compile(r'"((?:\\x[0-9a-f]{2})*)"(\.\.\.)?')
+_IOCB = re.compile(
+    r"\{aio_data=\w+, aio_lio_opcode=(?P<opcode>\w+), aio_fildes=(?P<fd>\d+)<(?P<path>(?:\\x[0-9a-f]{2})*)>"
+    r'(?P<deleted>\(deleted\))?, aio_buf=(?:"(?P<data>(?:\\x[0-9a-f]{2})*)"|\w+), aio_nbytes=(?P<length>\w+), '
+    r"aio_offset=(?P<offset>\w+)\}"
+)
 _CLONE_FLAGS = re.compile(r"flags=(0x[0-9a-f]+|\d+)")
 _UNFINISHED = " <unfinished ...>"
 
@@ -579,7 +585,22 @@ class _Parser:
         if call.result >= 0:
             raise RecordingError("io_uring: what is done through it can't be seen")
 
-    _on_io_submit = _on_io_uring_setup
+    def _on_io_submit(self, call: _Call) -> None:
+        """Buffered reads and writes, done when the call returns."""
+        requests = list(_IOCB.finditer(call.arguments))
+        if call.arguments.count("aio_fildes=") != len(requests):
+            raise RecordingError(f"a call in the trace is not understood: {call.arguments[:300]}")
+        for request in requests if call.end == NEVER else requests[: max(call.result, 0)]:
+            path = _text(request["path"])
+            if int(request["opcode"], 0) != IOCB_CMD_PWRITE or not self._watched(path):
+                continue
+            descriptor = self._process(call.thread).descriptors.get(int(request["fd"]))
+            if descriptor is None or request["deleted"] or request["data"] is None:
+                raise RecordingError(f"io_submit on {path}: not modelled")
+            data = _bytes(request["data"])
+            if len(data) != int(request["length"], 0):
+                raise RecordingError(f"{call.name} of more than {MAX_CALL_BYTES} bytes: not modelled")
+            self._write(call, descriptor, data, int(request["offset"], 0))
 
     def _names(self, call: _Call) -> list[str]:
         """The watched paths of a call that changes directories; relative ones are below an open directory, or ours."""

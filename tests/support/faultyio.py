@@ -123,6 +123,9 @@ class FaultyIO(FileIO):
             return os.pwrite(fd, b"".join(buffers)[:longest], offset)
         return os.pwritev(fd, buffers, offset)
 
+    def batch(self) -> None:
+        """One by one, so that each can fail."""
+
     def fdatasync(self, fd: int) -> None:
         self._meet("sync", fd)
         os.fdatasync(fd)
