@@ -214,7 +214,12 @@ class IntentLog:
                 to_end = size - head % size
                 if length > MAX_PAYLOAD or head + needed + (to_end if to_end < needed else 0) > limit:
                     break
-                if stage is None or to_end < needed or head + needed - stage.base > STAGE - PAGE:
+                if (
+                    stage is None
+                    or to_end < needed
+                    or (to_end == size and head != stage.base)  # the record before ended where the ring does
+                    or head + needed - stage.base > STAGE - PAGE
+                ):
                     if head > start:
                         assert stage is not None
                         self._write(stage, start, head, sequence)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbdsnap.store.fileio import FileIO
-from nbdsnap.store.intentlog import MAX_PAYLOAD, MIN_SIZE, STAGE, Intent, IntentLog
+from nbdsnap.store.intentlog import MAX_PAYLOAD, MIN_SIZE, PAGE, RECORD_BYTES, STAGE, Intent, IntentLog
 
 Content = tuple[int, int, bytes]
 
@@ -39,14 +39,15 @@ def replayed(path: Path, size: int) -> list[Content]:
         FileIO().close(log.fd)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 1 << 32),
     size=st.sampled_from([MIN_SIZE, 256 * KIB, 1 << 20]),
     longest=st.sampled_from([1, 100, 4096, 5000, 64 * KIB, MAX_PAYLOAD]),
+    pages=st.booleans(),
 )
 def test_what_is_appended_and_not_retired_is_replayed(
-    tmp_path_factory: pytest.TempPathFactory, seed: int, size: int, longest: int
+    tmp_path_factory: pytest.TempPathFactory, seed: int, size: int, longest: int, pages: bool
 ) -> None:
     rng = random.Random(seed)
     path = tmp_path_factory.mktemp("log") / "intent.log"
@@ -101,4 +102,19 @@ def test_one_call_writes_all_records_of_an_append(tmp_path: Path) -> None:
     assert len(calls) == 1
     length, offset = calls[0]
     assert (length % 4096, offset % 4096) == (0, 0)
+    log.close()
+
+
+def test_records_that_end_where_the_ring_does(tmp_path: Path) -> None:
+    """The next one is at the ring's beginning, also within one append."""
+    path = tmp_path / "intent.log"
+    log = opened(path, MIN_SIZE)
+    writes = [(chunk << 12, memoryview(bytes([chunk]) * (PAGE - RECORD_BYTES))) for chunk in range(10)]
+    for number in range(6):
+        kept = log.append(7, writes)
+        assert len(kept) == 10
+        assert [content(intent) for intent in log.live()] == replayed(path, MIN_SIZE) == [content(one) for one in kept]
+        if number < 5:
+            log.retire(kept[-1].end, kept[-1].sequence + 1)
+    assert path.stat().st_size == PAGE + MIN_SIZE
     log.close()
