@@ -42,7 +42,16 @@ from nbdsnap.errors import NoSpaceError
 from nbdsnap.models import RepairStep
 from nbdsnap.store import pagesums
 from nbdsnap.store.index import Index, IndexWriter, JsonObject, NewRecords, Record
-from nbdsnap.store.layout import BLOCK_SHIFT, CHUNK, FORMAT_VERSION, LOST_SLOT, MAX_SLOTS, NEW_INDEX_FILE, SUMS_FILE
+from nbdsnap.store.layout import (
+    BLOCK_SHIFT,
+    CHUNK,
+    FORMAT_VERSION,
+    LOST_SLOT,
+    MAX_SLOTS,
+    NEW_INDEX_FILE,
+    SUMS_FILE,
+    ZERO_SLOT,
+)
 from nbdsnap.store.salvage import Salvage, chunks_of_block
 
 BATCH_RECORDS = 65536
@@ -56,11 +65,14 @@ Place = tuple[int, int]
 
 @dataclass
 class VolumePlan:
-    """``lost``: records to mark, whether they are there or not.  ``bogus``: records that are none of the volume's."""
+    """``lost``: records to mark, whether they are there or not.  ``bogus``: records that are none of the volume's.
+    ``zeroes``: records whose slot is beyond the store's end, and whose checksum is right: so the slot is what is wrong.
+    """
 
     volume: VolumeRecord
     snapshots: list[SnapshotRecord]
     lost: set[Place] = field(default_factory=set)
+    zeroes: set[Place] = field(default_factory=set)
     bogus: set[Place] = field(default_factory=set)
     live: LivePlan = field(default_factory=lambda: LivePlan(0))
 
@@ -152,6 +164,8 @@ def _plan_volume(
             planned.bogus.add(place)
         elif record.slot != LOST_SLOT and not reads_back(store, number, record, buffer):
             (planned.lost if listed or not is_whole else planned.bogus).add(place)
+        elif record.has_slot and record.slot >= store.file_slots:
+            planned.zeroes.add(place)
     if planned.bogus or salvage.is_damaged("preserved", number):
         for (epoch, block), members in changed.items():
             planned.lost.update((chunk, epoch) for chunk in chunks_of_block(block, members))
@@ -208,9 +222,11 @@ def _intervals(salvage: Salvage, planned: VolumePlan) -> Iterator[tuple[int, int
 
 def _records(salvage: Salvage, planned: VolumePlan) -> Iterator[Record]:
     """What ``preserved`` will hold of the volume: what is intact, and marks for what is lost.  Ascending."""
-    lost, bogus = planned.lost, planned.bogus
+    lost, bogus, zeroes = planned.lost, planned.bogus, planned.zeroes
     kept = (
-        record
+        Record(record.chunk, record.epoch, ZERO_SLOT, record.checksum)
+        if (record.chunk, record.epoch) in zeroes
+        else record
         for record in salvage.records(planned.volume.number)
         if (record.chunk, record.epoch) not in lost and (record.chunk, record.epoch) not in bogus
     )
