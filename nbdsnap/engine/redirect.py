@@ -33,7 +33,16 @@ from nbdsnap.store.current import GROUP, Change
 from nbdsnap.store.fileio import Buffer
 from nbdsnap.store.index import Index, IndexWriter, NewRecords, Record, checksum_seed
 from nbdsnap.store.intentlog import Intent
-from nbdsnap.store.layout import BASE_SLOT, CHUNK, CHUNK_SHIFT, LOST_SLOT, MAX_SLOTS, ZERO_SLOT, chunk_count
+from nbdsnap.store.layout import (
+    BASE_SLOT,
+    BLOCK_SHIFT,
+    CHUNK,
+    CHUNK_SHIFT,
+    LOST_SLOT,
+    MAX_SLOTS,
+    ZERO_SLOT,
+    chunk_count,
+)
 
 LONG = 16 << 20
 """Bytes: a longer zeroing is done by itself, in steps of this size."""
@@ -165,24 +174,26 @@ class Redirection:
         self, volume: RedirectedVolume, plan: Plan, chunks: list[int], pieces: dict[int, list[Piece]]
     ) -> None:
         number, newest = volume.record.number, volume.newest_epoch
-        exclusive: list[int] = []
         epochs: dict[int, int] = {}
         with self._index.read() as reader:
             current = reader.current(number)
-            slots: dict[int, int] = {}
-            for group in dict.fromkeys(chunk & -GROUP for chunk in chunks):
-                slots.update(current.items(group, group + GROUP))
+            groups = {group: list(current.items(group, group + GROUP)) for group in _groups(chunks)}
+            known: set[tuple[int, int]] = set()
             if newest:
                 cursor = reader.cursor(number)
                 for chunk in chunks:
                     latest = cursor.latest(chunk)
                     epochs[chunk] = latest.epoch if latest else 0
+                    if epochs[chunk] >= newest:
+                        known.add((epochs[chunk], chunk >> BLOCK_SHIFT))
+            preserved = [(block, reader.changed_block(number, epoch, block)) for epoch, block in known]
+        volume.learn(groups, preserved)
+        slots = dict(item for items in groups.values() for item in items)
         for chunk in chunks:
             slot = slots.get(chunk)
             is_dropped = self._is_dropped(volume, chunk, pieces[chunk])
             previous = epochs.get(chunk, 0)
             if previous >= newest:
-                exclusive.append(chunk)
                 if slot is not None and slot < MAX_SLOTS:
                     if is_dropped:
                         self._drop(volume, plan, chunk, slot)
@@ -198,7 +209,6 @@ class Redirection:
                 self._drop(volume, plan, chunk, None)
             else:
                 plan.fresh.append((chunk, slot))
-        volume.learn(slots.items(), chunks, exclusive)
 
     def _is_dropped(self, volume: RedirectedVolume, chunk: int, pieces: list[Piece]) -> bool:
         """Whether the chunk is all zeroes afterwards, by its last operation that changes all of it."""
@@ -350,6 +360,11 @@ def _commit(
 def _content_of(slot: int) -> bytes:
     """What the checksum of a record without a slot covers."""
     return _ZERO_CHUNK if slot == ZERO_SLOT else b""
+
+
+def _groups(chunks: list[int]) -> dict[int, None]:
+    """The first chunks of the groups that ``chunks`` are in, in order."""
+    return dict.fromkeys(chunk & -GROUP for chunk in chunks)
 
 
 def _is_long(op: Op | Intent) -> bool:

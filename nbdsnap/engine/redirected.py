@@ -8,7 +8,7 @@ whatever is too long to be done at once, is the preserver's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from nbdsnap.engine.records import SnapshotRecord, VolumeRecord
 from nbdsnap.engine.slotmap import ABSENT, FIRST, ZEROES
 from nbdsnap.engine.volume import NOW_LIMIT, Volume
 from nbdsnap.errors import DeviceError
+from nbdsnap.store.current import GROUP
 from nbdsnap.store.fileio import FileIO
 from nbdsnap.store.intentlog import Intent
 from nbdsnap.store.layout import CHUNK, CHUNK_SHIFT, chunk_count
@@ -156,13 +157,17 @@ class RedirectedVolume(Volume):
             return None
         return place - FIRST
 
-    def learn(self, slots: Iterable[tuple[int, int]], chunks: Iterable[int], exclusive: list[int]) -> None:
-        """On the preserver's thread: what the index says of ``chunks``, and which of them are exclusive."""
-        known = dict(slots)
+    def learn(self, groups: Mapping[int, list[tuple[int, int]]], preserved: Iterable[tuple[int, int]]) -> None:
+        """On the preserver's thread: what the index says.
+
+        ``groups``: first chunk -> all entries of the group.  ``preserved``: blocks and their sets of chunks that are
+        preserved for every snapshot.
+        """
         with self.lock:
-            for chunk in chunks:
-                self.chunks.slots.put(chunk, known.get(chunk))
-        self.mark_exclusive(exclusive)
+            for first, items in groups.items():
+                self.chunks.slots.fill(first, first + GROUP, items)
+        for block, members in preserved:
+            self.mark_block_exclusive(block, members)
 
     def apply_intents(self, intents: list[Intent]) -> tuple[int, Exception | None]:
         """They are in place already, where nothing was in their way (:class:`nbdsnap.engine.redirect.Redirection`)."""

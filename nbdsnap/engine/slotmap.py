@@ -18,8 +18,8 @@ ZEROES = 2
 FIRST = 3
 """What :meth:`SlotMap.get` says of slot 0, and so on."""
 
-MAX_BLOCKS = 2048
-"""32 KiB each: 64 MiB for the chunks of 32 GiB."""
+MAX_BLOCKS = 1024
+"""32 KiB each: 32 MiB for the chunks of 16 GiB."""
 
 _UNKNOWN_BLOCK = bytes(8 * BLOCK)
 _MASK = BLOCK - 1
@@ -70,13 +70,14 @@ class SlotMap:
 
     def fill(self, first: int, end: int, items: Iterable[tuple[int, int]]) -> None:
         """``items``: all entries of the chunks [first, end)."""
-        for chunk in range(first, end):
-            self._block(chunk)[chunk & _MASK] = ABSENT
+        start = first
+        while start < end:
+            stop = min(end, (start | _MASK) + 1)
+            low = start & _MASK
+            self._block(start)[low : low + stop - start] = array("Q", [ABSENT]) * (stop - start)
+            start = stop
         for chunk, slot in items:
             self.put(chunk, slot)
-
-    def clear(self) -> None:
-        self._blocks.clear()
 
     def _block(self, chunk: int) -> array[int]:
         number = chunk >> BLOCK_SHIFT

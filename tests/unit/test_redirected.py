@@ -368,3 +368,24 @@ def test_accepting_a_changed_origin_brings_its_clones_back(tmp_path: Path) -> No
     assert [info.error for info in pool.volume_list()] == [None] * 3
     assert [info.problem for info in pool.snapshot_list("trial")] == [None]
     pool.close()
+
+
+@pytest.mark.parametrize("snapshot", [False, True])
+def test_after_a_restart_the_first_write_finds_out_for_its_neighbours(tmp_path: Path, snapshot: bool) -> None:
+    """Where they lie, and that they may be written in place."""
+    pool = make_pool(tmp_path)
+    pool.volume_create("thin", size=MIB, thin=True)
+    put(pool, "thin", 0, b"a" * MIB)
+    if snapshot:
+        pool.snapshot_create(["thin@one"])
+        put(pool, "thin", 0, b"b" * MIB)
+    pool.close()
+    pool = Pool.open(tmp_path / "pool")
+    put(pool, "thin", 0, b"c" * CHUNK)
+    pool.settle()
+    logged = pool._log.next_sequence
+    for chunk in range(1, 64):
+        put(pool, "thin", chunk * CHUNK, b"d" * CHUNK)
+    assert pool._log.next_sequence == logged
+    assert content(pool, "thin", 0, 64 * CHUNK) == b"c" * CHUNK + b"d" * 63 * CHUNK
+    pool.close()
