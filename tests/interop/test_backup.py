@@ -17,8 +17,8 @@ from tests.interop.conftest import MIB, LiveVolume
 from tests.support.blocks import write_stamped
 from tests.support.client import Client
 from tests.support.clients import client_environment, nbdinfo_json, nbdsh, qemu_io, require_client, run, sha256_of_file
-from tests.support.relay import Relay
 from tests.support.server import NBDSNAP
+from tests.support.wiretap import Wiretap
 
 CHUNK = 4096
 DOCUMENT = Path(__file__).parents[2] / "docs" / "backup.md"
@@ -159,13 +159,13 @@ def test_a_pull_backup_of_1_percent_moves_1_percent(volume: LiveVolume, tmp_path
     large.snapshot("b")
     expected = Path(shutil.copy(large.origin, tmp_path / "expected.img"))
     qemu_io(large.uri, "write -P 7 0 8M")  # life goes on
-    with Relay(large.server.address(large.transport), tmp_path / "relay.sock") as relay:
-        uri = f"nbd+unix:///{large.name}@b?socket={relay.path}"
+    with Wiretap(large.server.address(large.transport), tmp_path / "wire.sock") as wire:
+        uri = f"nbd+unix:///{large.name}@b?socket={wire.path}"
         nbdsh(PULL.format(uri=uri, copy=str(copy)))
     changed = len(chunks) * CHUNK
     assert sha256_of_file(copy) == sha256_of_file(expected)
-    assert changed <= relay.received <= 1.03 * changed + 4096, "of the whole volume"
-    assert relay.received < size // 95
+    assert changed <= wire.received <= 1.03 * changed + 4096, "of the whole volume"
+    assert wire.received < size // 95
     volume.server.cli("volume", "delete", large.name, "--snapshots")
 
 
