@@ -66,7 +66,8 @@ def with_snapshots(cli: Cli, tmp_path: Path) -> Cli:
 
 def test_commands_and_options() -> None:
     assert in_bash("nbdsnap vol") == ["volume"]
-    assert in_bash("nbdsnap volume ") == ["create", "list", "show", "accept", "flatten", "resize", "delete"]
+    volume = ["create", "list", "show", "accept", "flatten", "resize", "delete", "promote", "demote"]
+    assert in_bash("nbdsnap volume ") == volume
     assert "--dry-run" in in_bash("nbdsnap snapshot delete --")
     assert in_bash("nbdsnap completion ") == ["bash", "zsh", "fish"]
 
