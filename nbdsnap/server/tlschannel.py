@@ -46,6 +46,7 @@ class TlsChannel(Channel):
         self.tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         self._established = False
         self._more = False
+        self._ended = False
         self._scheduled = False
         self._unasked = 0
 
@@ -69,26 +70,14 @@ class TlsChannel(Channel):
 
     def recv_into(self, buffer: memoryview) -> int:
         """As the plain one.  It fills the buffer, where that much has arrived."""
-        read: Callable[[int, memoryview], int] = self.tls.read  # type: ignore[assignment]
-        most = len(buffer)
-        filled = 0
         drained = False
-        self._more = True
+        if not self._more:  # then there is nothing to read but what the socket has
+            received = self._fill()
+            if received < 0:
+                return -1
+            drained = received < len(self._scratch)
         try:
-            while filled < most:
-                try:
-                    count = read(most - filled, buffer[filled:])
-                except ssl.SSLWantReadError:
-                    if drained or self.closed:
-                        self._more = False
-                        break
-                    drained = self._fill() < len(self._scratch)
-                    continue
-                if not count:  # the peer has said that it sends no more
-                    break
-                filled += count
-        except ssl.SSLEOFError:
-            pass
+            filled = self._read(buffer, drained)
         except OSError as error:
             self._lose(error)
             return -1
@@ -98,7 +87,37 @@ class TlsChannel(Channel):
             return -1
         if self._more and filled:
             self._schedule()
-        return filled or (0 if self._more else -1)
+        return filled or (0 if self._ended else -1)
+
+    def _read(self, buffer: memoryview, drained: bool) -> int:
+        """Decrypt into ``buffer`` what there is, and leave word in ``_more`` and ``_ended`` of what is behind it.
+
+        An exception costs more than reading a request: so nothing is read where nothing can be.
+        """
+        read: Callable[[int, memoryview], int] = self.tls.read  # type: ignore[assignment]
+        incoming = self._incoming
+        most = len(buffer)
+        filled = 0
+        while filled < most:
+            try:
+                count = read(most - filled, buffer[filled:])
+            except ssl.SSLWantReadError:
+                if drained or self.closed:
+                    self._more = False
+                    return filled
+                drained = self._fill() < len(self._scratch)
+                continue
+            except ssl.SSLEOFError:
+                count = 0
+            if not count:
+                self._more = self._ended = True  # which is still to be told, where something came before it
+                return filled
+            filled += count
+            if drained and not incoming.pending and filled < most:
+                self._more = False
+                return filled
+        self._more = bool(incoming.pending or self.tls.pending())
+        return filled
 
     def _fill(self) -> int:
         """Take what the socket has; the number of bytes."""
@@ -144,9 +163,19 @@ class TlsChannel(Channel):
     def send(self, data: memoryview) -> None:
         if self.closed:
             return
-        self._encrypt(data)
-        if not self._writing:
-            self.flush()
+        if self._queue or len(data) > SLICE:
+            self._encrypt(data)
+            if not self._writing:
+                self.flush()
+            return
+        try:
+            sent = self.tls.write(data)
+            while sent < len(data):
+                sent += self.tls.write(data[sent:])
+        except OSError as error:
+            self._lose(error)
+            return
+        super().send(memoryview(self._outgoing.read()))
 
     def queue(self, data: memoryview | bytes, buffer: memoryview | None = None) -> None:
         if data and not self.closed:
