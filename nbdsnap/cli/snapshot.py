@@ -93,6 +93,9 @@ def print_snapshots(snapshots: Sequence[SnapshotInfo]) -> None:
         Column("PRIORITY", right=True),
         Column("CLIENTS", right=True),
     ]
+    cloned = any(one.clones for one in snapshots)
+    if cloned:
+        columns.append(Column("CLONES"))
     broken = any(one.problem for one in snapshots)
     if broken:
         columns.append(Column("PROBLEM"))
@@ -107,6 +110,8 @@ def print_snapshots(snapshots: Sequence[SnapshotInfo]) -> None:
             f"{one.priority}, held" if one.held else str(one.priority),
             str(one.connections),
         ]
+        if cloned:
+            row.append(", ".join(one.clones))
         rows.append([*row, one.problem or ""] if broken else row)
     print_table(columns, rows)
 

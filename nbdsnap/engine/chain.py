@@ -276,9 +276,8 @@ class ChainBase:
             stop = min(end, base + BLOCK)
             while first < stop:
                 level = owners[first - base]
-                last = first + 1
-                while last < stop and owners[last - base] == level:
-                    last += 1
+                rest = owners[first - base : stop - base]
+                last = stop - len(rest.lstrip(rest[:1]))
                 yield first, last, level
                 first = last
 
@@ -299,6 +298,9 @@ class ChainBase:
 
     def data_extents(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         end = offset + length
+        if len(self._levels) == 1:
+            yield from self._data_of_one(offset, end)
+            return
         for first, stop, level in self._runs(offset >> CHUNK_SHIFT, chunk_count(end), now=False):
             low, high = max(first << CHUNK_SHIFT, offset), min(stop << CHUNK_SHIFT, end)
             if level == len(self._levels):
@@ -313,6 +315,18 @@ class ChainBase:
                     yield max(start << CHUNK_SHIFT, low), position
             if position < high:
                 yield position, high
+
+    def _data_of_one(self, offset: int, end: int) -> Iterator[tuple[int, int]]:
+        position = offset
+        for first, stop, is_data in self._levels[0].data_runs(offset >> CHUNK_SHIFT, chunk_count(end)):
+            low, high = max(first << CHUNK_SHIFT, offset), min(stop << CHUNK_SHIFT, end)
+            if position < low:
+                yield from self._last.data_extents(position, low - position)
+            if is_data:
+                yield low, high
+            position = high
+        if position < end:
+            yield from self._last.data_extents(position, end - position)
 
     def will_need(self, offset: int, length: int) -> None:
         end = offset + length

@@ -17,7 +17,7 @@ preserver's thread.  Doing an operation again does no harm: that is how stalled 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -45,7 +45,10 @@ from nbdsnap.store.layout import (
 )
 
 LONG = 16 << 20
-"""Bytes: a longer zeroing is done by itself, in steps of this size."""
+"""Bytes: a longer zeroing is done by itself, in steps."""
+
+WINDOW = 1 << 30
+"""Bytes of such a range in which data is looked for at a time."""
 
 Piece = tuple[int, int, memoryview | None]
 """The bytes [low, high) of a chunk get this content; None: zeroes, and where it is all of the chunk, no slot."""
@@ -122,16 +125,16 @@ class Redirection:
 
     def _zero_long(self, volume: RedirectedVolume, op: Op) -> None:
         end = op.offset + op.length
-        for offset in range(op.offset & -LONG, end, LONG):
-            low = max(offset, op.offset)
-            part = Op(op.kind, low, min(offset + LONG, end) - low, op.done)
-            pieces: dict[int, list[Piece]] = {}
+        for offset in range(op.offset & -WINDOW, end, WINDOW):
+            low, high = max(offset, op.offset), min(offset + WINDOW, end)
             if op.no_hole:
-                chunks: Iterator[int] = iter(range(low >> CHUNK_SHIFT, chunk_count(low + part.length)))
-                _add_zeroes(pieces, part, chunks, _ZEROES)
+                chunks: Iterator[int] = iter(range(low >> CHUNK_SHIFT, chunk_count(high)))
             else:
-                _add_zeroes(pieces, part, self._holding(volume, low, part.length), None)
-            self._change(volume, pieces)
+                chunks = self._holding(volume, low, high - low)
+            while part := list(islice(chunks, self._slice)):
+                pieces: dict[int, list[Piece]] = {}
+                _add_zeroes(pieces, op, part, _ZEROES if op.no_hole else None)
+                self._change(volume, pieces)
 
     def _holding(self, volume: RedirectedVolume, offset: int, length: int) -> Iterator[int]:
         """The chunks of a range that hold data, ascending."""
@@ -385,9 +388,7 @@ def _add_write(pieces: dict[int, list[Piece]], offset: int, data: memoryview) ->
         position += high - low
 
 
-def _add_zeroes(
-    pieces: dict[int, list[Piece]], op: Op, chunks: Iterator[int] | set[int] | range, data: memoryview | None
-) -> None:
+def _add_zeroes(pieces: dict[int, list[Piece]], op: Op, chunks: Iterable[int], data: memoryview | None) -> None:
     end = op.offset + op.length
     for chunk in chunks:
         start = chunk << CHUNK_SHIFT

@@ -43,6 +43,31 @@ def test_relative_origin_is_relative_to_the_caller(cli: Cli, tmp_path: Path, mon
     assert created["origin"] == f"{tmp_path}/here/new.img"
 
 
+def test_thin_volumes_and_clones(cli: Cli) -> None:
+    assert cli("volume", "create", "thin", "--thin", "--size", "1TiB").lines == ["thin: 1TiB in the pool"]
+    cli.write("thin", [0, 4096, 1 << 39])
+    assert cli("volume", "show", "thin").lines[-1] == "space:     12KiB of live data"
+    cli("snapshot", "create", "thin@a")
+    assert cli("clone", "thin@a", "trial").lines == ["trial: 1TiB, a clone of thin@a"]
+    made = cli("clone", "thin@a", "other", "--json").json
+    assert {"name": "other", "kind": "clone", "size": 1 << 40, "origin": None, "base": "thin@a"}.items() <= made.items()
+    assert cli("snapshot", "list", "thin", "--json").json[0]["clones"] == ["other", "trial"]
+    assert cli("snapshot", "list", "thin").lines[0].endswith("CLONES")
+    assert ["trial", "clone", "1TiB", "0", "0", "over", "thin@a"] in [
+        line.split() for line in cli("volume", "list").lines
+    ]
+    refused = cli("snapshot", "delete", "thin@a", code=5).err
+    assert "thin@a has clones: other, trial" in refused
+    assert cli("volume", "delete", "other", "--dry-run").lines == ["would delete other"]
+    assert cli("volume", "delete", "other").lines == ["deleted other"]
+    assert cli("volume", "flatten", "trial").lines == ["trial: 1TiB in the pool"]
+    assert "is no clone" in cli("volume", "flatten", "trial", code=2).err
+    assert cli("snapshot", "delete", "thin@a").lines == ["deleted thin@a", "freed 0B"]
+    assert "beside 24KiB of live data" in cli("status").out
+    assert cli("diff", "vol@nix", code=4).err
+    assert cli("check", "--data").code == 0
+
+
 def test_volume_list(cli: Cli, tmp_path: Path) -> None:
     listed = cli("volume", "list", "--json").json
     assert {"name": "vol", "kind": "origin", "size": 1 << 30, "origin": f"{tmp_path}/vol.img"}.items() <= listed[

@@ -61,6 +61,10 @@ def test_all_keys(tmp_path: Path) -> None:
         name = "b"
         origin = "/b"
         size = 4096
+        [[volume]]
+        name = "c"
+        thin = true
+        size = "1TiB"
         """,
     )
     assert config.server.listen == [
@@ -74,9 +78,10 @@ def test_all_keys(tmp_path: Path) -> None:
         "unix:///run/nbd.sock",
     ]
     assert config.pool.store_limit == 1024
-    assert [(one.name, one.origin, one.size) for one in config.volumes] == [
-        ("a", Path("/dev/a"), None),
-        ("b", Path("/b"), 4096),
+    assert [(one.name, one.origin, one.size, one.thin) for one in config.volumes] == [
+        ("a", Path("/dev/a"), None, False),
+        ("b", Path("/b"), 4096, False),
+        ("c", None, 1 << 40, True),
     ]
 
 
@@ -125,6 +130,8 @@ MISTAKES = {
     "limit is a boolean": ("[pool]\nstore_limit = true", "[pool] store_limit: a size is a number of bytes"),
     "volume is one table": ('[volume]\nname = "v"', "volume: {'name': 'v'} does not fit; allowed: an array of tables"),
     "volume is a number": ("volume = [5]", "[[volume]] 1: 5 does not fit; allowed: an array of tables"),
+    "thin, with an origin": (VOLUME + "thin = true\nsize = 1\n", "[[volume]] 1 (v): thin: it has an origin"),
+    "thin, without a size": ('[[volume]]\nname = "v"\nthin = true', "[[volume]] 1 (v): size: missing; a thin volume"),
     "no origin": ('[[volume]]\nname = "v"', "[[volume]] 1 (v): origin: missing; it is the path of a raw file"),
     "no name": (VOLUME + '[[volume]]\norigin = "x"', "[[volume]] 2: name: missing; it is a letter or digit"),
     "name out of the alphabet": (
