@@ -204,7 +204,10 @@ class Connection:
         try:
             established = channel.handshake()
         except ssl.SSLError as error:
-            self.lost(f"the TLS handshake failed: {error.reason or error}")
+            reason = getattr(error, "verify_message", None) or error.reason or str(error)
+            if self._security.complaints.passes():  # else nobody would know why a client does not get in
+                log.warning("%s: the TLS handshake failed: %s", self.label, reason)
+            self.close()
             return
         if Handshake.identity is not None:
             self._identity = Handshake.identity

@@ -27,7 +27,7 @@ from urllib.parse import quote
 
 from nbdsnap.addresses import VSOCK_ANY, Address, TcpAddress, Tls, UnixAddress, VsockAddress
 from nbdsnap.errors import ConfigError, InUseError, ServerError
-from nbdsnap.server.throttle import Throttle
+from nbdsnap.server.throttle import COMPLAIN_S, Throttle
 from nbdsnap.server.unixsocket import bind_unix_socket, socket_inode, unlink_unix_socket
 
 log = logging.getLogger(__name__)
@@ -40,9 +40,6 @@ ACCEPTS = 64
 
 RETRY_S = 0.1
 """After an accept that failed, for want of a file descriptor as a rule: the client waits in the backlog."""
-
-COMPLAIN_S = 10.0
-"""Between two lines in the log about the same trouble."""
 
 VSOCK_LOCAL = 1
 """VMADDR_CID_LOCAL (vsock(7)): reachable from this machine only."""

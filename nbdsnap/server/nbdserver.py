@@ -13,10 +13,10 @@ from nbdsnap.nbd.negotiation import TlsMode
 from nbdsnap.server.connection import Connection
 from nbdsnap.server.context import Context
 from nbdsnap.server.exports import ExportPool, PoolExports
-from nbdsnap.server.listeners import COMPLAIN_S, Listener
+from nbdsnap.server.listeners import Listener
 from nbdsnap.server.peer import Peer, peer_of
 from nbdsnap.server.security import Security
-from nbdsnap.server.throttle import Throttle
+from nbdsnap.server.throttle import COMPLAIN_S, Throttle
 from nbdsnap.server.watch import looks_s
 
 log = logging.getLogger(__name__)

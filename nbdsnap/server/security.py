@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from nbdsnap.config import Config
 from nbdsnap.server.access import Access
+from nbdsnap.server.throttle import COMPLAIN_S, Throttle
 from nbdsnap.server.tls import TlsKeeper
 
 
 class Security:
-    """``access`` is the loop's to read.  ``tls`` is None where no listener wants it."""
+    """``access`` is the loop's to read.  ``tls`` is None where no listener wants it.  ``complaints``: about clients
+    that are not let in, which may be many."""
 
     def __init__(self, access: Access | None = None, tls: TlsKeeper | None = None) -> None:
         self.access = access or Access()
+        self.complaints = Throttle(COMPLAIN_S)
         self.tls = tls
 
     @classmethod

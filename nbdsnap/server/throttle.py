@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import time
 
+COMPLAIN_S = 10.0
+"""Between two lines in the log about the same trouble."""
+
 
 class Throttle:
     """``held``: how many did not pass since the last that did."""

@@ -44,6 +44,7 @@ def client_context(folder: Path) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(folder / "ca-cert.pem")
     context.load_cert_chain(folder / "client-cert.pem", folder / "client-key.pem")
+    context.verify_flags |= ssl.VERIFY_X509_STRICT  # as Python's clients do from 3.13 on
     return context
 
 

@@ -167,6 +167,17 @@ def test_the_peer_of_a_tcp_socket(family: socket.AddressFamily, host: str, addre
             accepted.close()
 
 
+def test_the_peer_of_a_virtual_machine() -> None:
+    class Fake:
+        family = socket.AF_VSOCK
+
+        def getpeername(self) -> tuple[int, int]:
+            return 3, 1024
+
+    peer = peer_of(Fake())  # type: ignore[arg-type]
+    assert (peer.cid, peer.label, peer.key) == (3, "vsock 3:1024", ("vsock", 3))
+
+
 def test_a_peer_that_has_left() -> None:
     ours, theirs = socket.socketpair()
     theirs.close()

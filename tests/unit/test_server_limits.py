@@ -66,6 +66,7 @@ def test_connections_in_all(raw: RawFile) -> None:
         clients = [server.client() for _ in range(3)]
         unserved(server)
         clients.pop().disconnect()
+        wait_until(lambda: server.connections() == 2, "one to be gone")
         clients.append(server.client())
         for client in clients:
             assert client.read(0, 10) == stamped(SEED, 0, 10)
