@@ -264,6 +264,33 @@ def test_metrics(stack: ExitStack, tmp_path: Path, certificates: Path) -> None:
     assert b.manage(REPLICATE_STATUS) == []
 
 
+def test_a_transfer_that_is_cut_goes_on_where_it_was(stack: ExitStack, tmp_path: Path, certificates: Path) -> None:
+    """Past its first checkpoint; the target is killed, too."""
+    size = 120 * MIB
+    port = free_port()
+    network = Network(port)
+    stack.callback(network.close)
+    b = stack.enter_context(node(tmp_path / "b", section(certificates, "beta", port=port) + accept("alpha")))
+    (tmp_path / "a").mkdir()
+    with (tmp_path / "a" / "vol.img").open("wb") as file:
+        for _ in range(size // MIB):
+            file.write(os.urandom(MIB))
+    sections = section(certificates, "alpha") + replicate(network.port, keys='rate_limit = "60MiB"')
+    a = stack.enter_context(node(tmp_path / "a", sections, volume=True, size=size))
+    wait_until(lambda: status(a).done > 80 * MIB, "most of it to be sent", timeout_s=60)
+    network.cut()
+    wait_until(lambda: status(a).error, "the cut to be noticed", timeout_s=60)
+    assert names(b) == []
+    b.kill()
+    b.start()
+    network.mend()
+    wait_until(lambda: run(a).error is None, "the rest", timeout_s=60)
+    done = status(a)
+    assert done.sent_bytes < 70 * MIB, "the rest only"
+    assert names(b) == [done.snapshot]
+    compare(a, b, "vol", f"vol@{done.snapshot}")
+
+
 def test_a_storm(stack: ExitStack, tmp_path: Path, certificates: Path) -> None:
     """Random load, replication every second, the network cut and both servers killed at random: each snapshot that the
     replica has is the source's, byte for byte; and in the end it has all."""

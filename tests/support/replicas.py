@@ -44,8 +44,8 @@ def accept(name: str, *, create: bool = True, volumes: str = "vol") -> str:
     return f'[[accept]]\ncertificate = ["{name}"]\nvolumes = ["{volumes}"]\ncreate = {str(create).lower()}\n'
 
 
-def node(folder: Path, sections: str, *, volume: bool = False) -> Server:
-    volumes: Sequence[Volume] = [Volume("vol", folder / "vol.img", SIZE)] if volume else []
+def node(folder: Path, sections: str, *, volume: bool = False, size: int = SIZE) -> Server:
+    volumes: Sequence[Volume] = [Volume("vol", folder / "vol.img", size)] if volume else []
     return Server(folder, volumes, sections=sections)
 
 
