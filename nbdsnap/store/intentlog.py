@@ -470,19 +470,23 @@ class IntentLog:
         return Intent(number, volume, offset, data, position + end - start)
 
     def _check_end(self, ring: memoryview, sequence: int) -> None:
-        """Nothing behind the end may say that ``sequence`` was durable."""
+        """No valid record behind the end may say that ``sequence`` was durable.
+
+        A power cut may have torn what was not: what such a record says means nothing.
+        """
         pattern = struct.pack(">I", _RECORD_MAGIC)
         content = ring.obj
         assert isinstance(content, bytearray)
         place = content.find(pattern)
-        while place >= 0 and place + _RECORD.size <= self.size:
+        while place >= 0 and place + RECORD_BYTES <= self.size:
             _, _, life, number, synced, _, _, _ = _RECORD.unpack(ring[place : place + _RECORD.size])
-            if life == self.life and number > sequence and synced >= sequence:
+            says_so = life == self.life and number > sequence and synced >= sequence
+            if says_so and self._parse(ring, place, number) is not None:
                 raise CorruptionError(
                     f"the intent log {self.path} is damaged at record {sequence}, which was durable",
                     hint="writes that were acknowledged shortly before the last stop are in it: see docs/durability.md",
                 )
-            place = content.find(pattern, place + 8)
+            place = content.find(pattern, place + 1)
 
 
 def save_intents(io: FileIO, path: Path, intents: Iterable[Intent]) -> None:

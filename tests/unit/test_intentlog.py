@@ -118,3 +118,18 @@ def test_records_that_end_where_the_ring_does(tmp_path: Path) -> None:
             log.retire(kept[-1].end, kept[-1].sequence + 1)
     assert path.stat().st_size == PAGE + MIN_SIZE
     log.close()
+
+
+def test_a_torn_record_behind_the_end_says_nothing(tmp_path: Path) -> None:
+    """Of two records that were never synced, a power cut has taken the first, and torn the header of the other: what
+    stands in it where the last durable record should is of another time."""
+    path = tmp_path / "intent.log"
+    log = opened(path, MIN_SIZE)
+    kept, lost, torn = (log.append(1, [(n * 4096, memoryview(b"x" * 100))])[0] for n in range(3))
+    FileIO().close(log.fd)
+    stored = bytearray(path.read_bytes())
+    places = [PAGE + (one.end - RECORD_BYTES - 104) % MIN_SIZE for one in (lost, torn)]
+    stored[places[0] : places[0] + 24] = bytes(24)
+    stored[places[1] + 24 : places[1] + 32] = b"\xff" * 8  # ``synced``
+    path.write_bytes(stored)
+    assert [sequence for sequence, _, _ in replayed(path, MIN_SIZE)] == [kept.sequence]
