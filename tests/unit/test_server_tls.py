@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import random
@@ -13,12 +14,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from nbdsnap.errors import ConfigError
 from nbdsnap.nbd.negotiation import TlsMode
-from nbdsnap.server.context import Limits
+from nbdsnap.server.context import Context, Limits
 from nbdsnap.server.security import Security
-from nbdsnap.server.tls import TlsKeeper
+from nbdsnap.server.tls import TlsKeeper, make_context
+from nbdsnap.server.tlschannel import TlsChannel
 from tests.support import nbdwire
 from tests.support.blocks import stamped, write_stamped
 from tests.support.client import Client, DisconnectedError, RefusedError
@@ -471,3 +474,53 @@ def test_a_key_of_another_certificate(authority: Authority, tmp_path: Path) -> N
     other = authority.folder / "alice" / "client-key.pem"
     with pytest.raises(ConfigError, match="key values mismatch"):
         TlsKeeper(authority.config(key=other))
+
+
+# The channel
+
+
+def test_what_was_received_already_is_read_without_another_word_of_the_client(authority: Authority) -> None:
+    """A reader that takes little at a time, and one that stops and goes on: the socket has nothing more to tell."""
+    data = stamped(SEED, 0, 20_000)
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        theirs, ours = socket.socketpair()
+        received = bytearray()
+        done = asyncio.Event()
+        scratch = memoryview(bytearray(64))
+
+        def take() -> None:
+            count = channel.recv_into(scratch)
+            received.extend(scratch[: max(0, count)])
+            if len(received) > len(data) // 2 and not paused:
+                paused.append(True)
+                channel.set_reading(False)
+                loop.call_later(0.01, channel.set_reading, True)
+            if len(received) == len(data):
+                done.set()
+
+        paused: list[bool] = []
+        steps: list[Callable[[], None]] = []
+
+        def shake_hands() -> None:
+            if channel.handshake():
+                steps[0] = take
+                channel.set_reading(True)
+
+        steps.append(shake_hands)
+        context = Context(loop, LIMITS)
+        channel = TlsChannel(
+            ours, loop, context.poll, context.buffers, lambda: steps[0](), lambda: None, lambda error: None
+        )
+        channel.secure(make_context(authority.config()), context.records)
+        channel.set_reading(True)
+        client = await asyncio.to_thread(authority.client_context().wrap_socket, theirs, server_hostname="localhost")
+        client.sendall(data)
+        await asyncio.wait_for(done.wait(), 10)
+        assert bytes(received) == data
+        channel.close()
+        client.close()
+        await asyncio.to_thread(context.close)
+
+    uvloop.run(main())
