@@ -7,9 +7,9 @@ export PYTHON
 
 SOURCES := nbdsnap tests benchmarks
 
-# Two tests at a time: many of them wait for a disk, a kernel or a client.  JOBS=0 runs them one by one.
-JOBS   ?= 2
-PYTEST := $(BIN)/pytest -n $(JOBS)
+# Three tests at a time: most of them wait for a disk, a kernel or a client.  JOBS=0 runs them one by one.
+JOBS   ?= 3
+PYTEST := $(BIN)/pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help run test quick lint format bench conformance-peers clients clean

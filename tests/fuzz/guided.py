@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import resource
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -23,7 +24,7 @@ from tests.support import nbdwire as wire
 MAX_INPUT = 4096
 MAX_CUTS = 7
 MEMORY_MIB = 512
-"""libFuzzer ends the run where the process takes more."""
+"""libFuzzer ends the run where the process takes more than that beyond what it begins with."""
 
 SECONDS_PER_INPUT = 120
 """Far more than any takes; a machine may stand still for a while."""
@@ -136,7 +137,9 @@ def main() -> None:
         arguments = [f"-seed={options.seed}", f"-max_len={MAX_INPUT}", f"-dict={dictionary}"]
         arguments += [f"-max_total_time={options.seconds}", f"-runs={options.runs}"]
         arguments += [f"-artifact_prefix={options.crashes}/"]
-        arguments += [f"-rss_limit_mb={MEMORY_MIB}", f"-timeout={SECONDS_PER_INPUT}", "-print_final_stats=1"]
+        peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10  # a large parent's, too
+        arguments += [f"-rss_limit_mb={peak_mib + MEMORY_MIB}", f"-timeout={SECONDS_PER_INPUT}"]
+        arguments += ["-print_final_stats=1"]
         if options.file:
             arguments = [str(path) for path in options.file]
         else:
