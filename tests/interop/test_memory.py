@@ -25,6 +25,9 @@ from tests.support.sockets import dial
 MIB = 1 << 20
 GREEDY = 256
 SIZE = 96 * MIB
+WRITTEN = 64 * MIB
+"""Where the greedy clients write; a good one looks at what is behind it."""
+
 IN_FLIGHT = 256 * MIB
 """A megabyte for each, which is the least."""
 
@@ -172,8 +175,8 @@ def test_writes_without_an_end(server: Server, length: int) -> None:
 
         def writes(number: int) -> bytes:
             data = bytes([number % 256]) * length
-            step = SIZE // count // 512 * 512
-            offsets = [(number * 4096 + n * step) % (SIZE - length) for n in range(count)]
+            step = WRITTEN // count // 512 * 512
+            offsets = [(number * 4096 + n * step) % (WRITTEN - length) for n in range(count)]
             return b"".join(nbdwire.request(nbdwire.WRITE, offset, length) + data for offset in offsets)
 
         sender = threading.Thread(target=greedy.send, args=(writes,))
