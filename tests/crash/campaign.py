@@ -29,12 +29,23 @@ from tests.crash.pool_verify import Earlier, PoolVerifier, make_verify, until
 from tests.crash.pool_workload import initial_content, origin_path
 from tests.crash.recording import Kind, Recording
 from tests.crash.tracer import record
+from tests.model import profiles
 
 MAPPED = ("*/index.mdb*-lock",)
 """LMDB's reader table: means nothing after a reboot."""
 
 OPERATIONS = 40
 """Of each of the four writers, in each of a run's two phases."""
+
+
+def record_run(module: str, volume: str) -> Recording:
+    """One run of the program ``module`` on a disk that has the origin of ``volume`` on it, and nothing else."""
+    with tempfile.TemporaryDirectory(prefix="nbdsnap-crash-", dir=scratch_root()) as scratch:
+        disk = Path(scratch) / "disk"
+        disk.mkdir()
+        (disk / origin_path(volume).name).write_bytes(initial_content(volume))
+        command = [sys.executable, "-m", module, str(profiles.seed())]
+        return record(command, disk, Path(scratch) / "trace", mapped=MAPPED)
 
 
 @dataclass

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,12 +11,11 @@ import pytest
 from nbdsnap.engine import rollback
 from nbdsnap.engine.pool import Pool
 from nbdsnap.transfer import receive
-from tests.crash.campaign import MAPPED
-from tests.crash.explorer import ViolationError, explore, explore_until_found, scratch_root
-from tests.crash.pool_workload import initial_content, open_pool, origin_path
+from tests.crash.campaign import record_run
+from tests.crash.explorer import ViolationError, explore, explore_until_found
+from tests.crash.pool_workload import open_pool, origin_path
 from tests.crash.receive_workload import SIZE, VOLUME, adapt
 from tests.crash.recording import Recording
-from tests.crash.tracer import record
 from tests.model import profiles
 from tests.support.transfers import content
 
@@ -38,12 +35,7 @@ def sizes_as_before() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def recording() -> Recording:
-    with tempfile.TemporaryDirectory(prefix="nbdsnap-crash-", dir=scratch_root()) as scratch:
-        disk = Path(scratch) / "disk"
-        disk.mkdir()
-        (disk / origin_path(VOLUME).name).write_bytes(initial_content(VOLUME))
-        command = [sys.executable, "-m", "tests.crash.receive_workload", str(profiles.seed())]
-        return record(command, disk, Path(scratch) / "trace", mapped=MAPPED)
+    return record_run("tests.crash.receive_workload", VOLUME)
 
 
 class Verifier:

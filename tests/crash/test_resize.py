@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,14 +10,13 @@ import pytest
 
 from nbdsnap.engine import resize
 from nbdsnap.engine.pool import Pool
-from tests.crash.campaign import MAPPED
-from tests.crash.explorer import ViolationError, explore, explore_until_found, scratch_root
-from tests.crash.pool_workload import initial_content, open_pool, origin_path
+from tests.crash.campaign import record_run
+from tests.crash.explorer import ViolationError, explore, explore_until_found
+from tests.crash.pool_workload import open_pool, origin_path
 from tests.crash.recording import Recording
 from tests.crash.resize_workload import VOLUME, adapt
-from tests.crash.tracer import record
 from tests.model import profiles
-from tests.support.device import read
+from tests.support.transfers import content
 
 STATES = 150
 """Times the profile's scale."""
@@ -37,12 +34,7 @@ def steps_as_before() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def recording() -> Recording:
-    with tempfile.TemporaryDirectory(prefix="nbdsnap-crash-", dir=scratch_root()) as scratch:
-        disk = Path(scratch) / "disk"
-        disk.mkdir()
-        (disk / origin_path(VOLUME).name).write_bytes(initial_content(VOLUME))
-        command = [sys.executable, "-m", "tests.crash.resize_workload", str(profiles.seed())]
-        return record(command, disk, Path(scratch) / "trace", mapped=MAPPED)
+    return record_run("tests.crash.resize_workload", VOLUME)
 
 
 class Verifier:
@@ -74,12 +66,12 @@ class Verifier:
             raise ViolationError("the raw file is not what the live volume was")
 
     def _check(self, pool: Pool, taken: list[str], allowed: list[str] | None) -> bytes:
-        live = _read_all(pool, VOLUME)
+        live = content(pool, VOLUME)
         if allowed is not None and live not in [self._recording.attachments[name] for name in allowed]:
             raise ViolationError(f"the volume is none of {allowed}")
         for name in taken:
             image = self._recording.attachments[name]
-            if _read_all(pool, f"{VOLUME}@{name}") != image:
+            if content(pool, f"{VOLUME}@{name}") != image:
                 raise ViolationError(f"snapshot {name} has changed")
             changed = bytearray(len(live))
             for extent in pool.diff(f"{VOLUME}@{name}"):
@@ -91,18 +83,10 @@ class Verifier:
         if not report.ok:
             raise ViolationError(f"check: {report.problems}")
         pool.volume_resize(VOLUME, 2 * len(live))
-        if _read_all(pool, VOLUME) != live.ljust(2 * len(live), b"\0"):
+        if content(pool, VOLUME) != live.ljust(2 * len(live), b"\0"):
             raise ViolationError("what was cut off comes back")
         pool.volume_resize(VOLUME, len(live), shrink=True)
         return live
-
-
-def _read_all(pool: Pool, name: str) -> bytes:
-    device = pool.open_device(name)
-    try:
-        return read(device, 0, device.size)
-    finally:
-        device.close()
 
 
 @pytest.mark.slow
